@@ -1,0 +1,59 @@
+//! What is asked of ELF files here: is it for this machine, can QEMU enter it directly (PVH), does it
+//! need a dynamic loader, what does a section hold. Reading only; a damaged file is an error.
+
+use object::LittleEndian;
+use object::elf::{EM_X86_64, PT_INTERP};
+use object::read::elf::{ElfFile64, FileHeader, ProgramHeader};
+use object::{Object, ObjectSection};
+
+/// Owner and type of the ELF note that carries the 32-bit entry point of PVH boot.
+/// Source: Xen's `include/public/elfnote.h`.
+const XEN_NOTE: (&[u8], u32) = (b"Xen", 18);
+
+/// The file is not an ELF file of the kind needed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ElfError {
+    /// It cannot be parsed.
+    #[error("It is no 64-bit little-endian ELF file")]
+    Parse(#[from] object::Error),
+    /// It is for another machine.
+    #[error("It is an ELF file for another machine (e_machine {0}), not for x86-64")]
+    Machine(u16),
+}
+
+/// An x86-64 ELF file.
+pub struct Elf<'a>(ElfFile64<'a, LittleEndian>);
+
+impl<'a> Elf<'a> {
+    pub fn parse(data: &'a [u8]) -> Result<Self, ElfError> {
+        let file = ElfFile64::parse(data)?;
+        match file.elf_header().e_machine(LittleEndian) {
+            EM_X86_64 => Ok(Self(file)),
+            other => Err(ElfError::Machine(other.0)),
+        }
+    }
+
+    /// QEMU can start it in 32-bit mode at the address in its Xen note, without a boot loader.
+    pub fn has_pvh_entry(&self) -> Result<bool, ElfError> {
+        for segment in self.0.elf_program_headers() {
+            let Some(mut notes) = segment.notes(LittleEndian, self.0.data())? else { continue };
+            while let Some(note) = notes.next()? {
+                if (note.name(), note.n_type(LittleEndian).0) == XEN_NOTE {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// It cannot run without a dynamic loader.
+    pub fn has_interpreter(&self) -> bool {
+        self.0.elf_program_headers().iter().any(|segment| segment.p_type(LittleEndian) == PT_INTERP)
+    }
+
+    /// The bytes of the section called `name`, if there is one.
+    pub fn section(&self, name: &str) -> Result<Option<&'a [u8]>, ElfError> {
+        Ok(self.0.section_by_name(name).map(|section| section.data()).transpose()?)
+    }
+}
