@@ -17,6 +17,7 @@ mod decompress;
 mod elf;
 mod initramfs;
 mod modules;
+mod signature;
 mod source;
 
 use std::path::{Path, PathBuf};

@@ -11,6 +11,7 @@ use walkdir::WalkDir;
 
 use crate::decompress::{DecompressError, Format};
 use crate::elf::{Elf, ElfError};
+use crate::signature;
 
 /// Without these a guest cannot run a container: bus, share, union, link to the host.
 const REQUIRED: [&str; 4] = ["virtio_pci", "virtiofs", "overlay", "vmw_vsock_virtio_transport"];
@@ -92,7 +93,7 @@ pub enum ModuleError {
 pub struct Module {
     /// As the kernel calls it: underscores, no `.ko`.
     pub name: String,
-    /// The unpacked file.
+    /// The unpacked file, without signature.
     pub image: Vec<u8>,
 }
 
@@ -141,7 +142,10 @@ impl<'a> Tree<'a> {
                 release: self.release.to_owned(),
             });
         }
-        Ok(Loaded { module: Module { name: name.to_owned(), image }, depends: info.depends })
+        Ok(Loaded {
+            module: Module { name: name.to_owned(), image: signature::strip(&image).to_vec() },
+            depends: info.depends,
+        })
     }
 
     fn missing(&self, name: &str) -> ModuleError {
@@ -198,12 +202,8 @@ fn module_name(path: &Path) -> Option<String> {
 
 fn read(path: &Path) -> Result<Vec<u8>, ModuleError> {
     let file = std::fs::read(path).map_err(|source| ModuleError::Read { path: path.to_owned(), source })?;
-    match Format::detect(&file) {
-        None => Ok(file),
-        Some(format) => format
-            .unpack(&file, MAX_MODULE)
-            .map_err(|source| ModuleError::Unpack { path: path.to_owned(), source }),
-    }
+    let Some(format) = Format::detect(&file) else { return Ok(file) };
+    format.unpack(&file, MAX_MODULE).map_err(|source| ModuleError::Unpack { path: path.to_owned(), source })
 }
 
 /// What a module says of itself in its `.modinfo` section: `key=value`, NUL, `key=value`, NUL, ...
