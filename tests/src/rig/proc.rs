@@ -1,0 +1,132 @@
+//! /proc as the tests read it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// All processes.
+pub fn all() -> Vec<u32> {
+    let entries = fs::read_dir("/proc").expect("/proc is mounted");
+    entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// Whether the process carries a tag in its cgroup, command line or environment. One that has ended does not.
+pub fn mentions(pid: u32, tag: &str) -> bool {
+    let holds = |file: &str| {
+        let bytes = fs::read(of(pid).join(file)).unwrap_or_default();
+        bytes.windows(tag.len()).any(|window| window == tag.as_bytes())
+    };
+    holds("cgroup") && !is_zombie(pid) || holds("cmdline") || holds("environ")
+}
+
+/// A process's command line, its words separated by spaces.
+pub fn command_line(pid: u32) -> String {
+    let bytes = fs::read(of(pid).join("cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&bytes).replace('\0', " ").trim_end().to_owned()
+}
+
+/// Name of its executable.
+pub fn program(pid: u32) -> String {
+    fs::read_to_string(of(pid).join("comm")).unwrap_or_default().trim_end().to_owned()
+}
+
+/// Parent of a process.
+pub fn parent(pid: u32) -> Option<u32> {
+    status_field(pid, "PPid")?.parse().ok()
+}
+
+/// Whether a process is there and no zombie.
+pub fn is_alive(pid: u32) -> bool {
+    of(pid).exists() && !is_zombie(pid)
+}
+
+/// A field of /proc/PID/status.
+pub fn status_field(pid: u32, name: &str) -> Option<String> {
+    let status = fs::read_to_string(of(pid).join("status")).ok()?;
+    let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    Some(value.trim().to_owned())
+}
+
+/// Mount points that a process sees, with their options and type.
+pub fn mounts(pid: u32) -> Vec<Mount> {
+    let table = fs::read_to_string(of(pid).join("mountinfo")).unwrap_or_default();
+    table.lines().filter_map(Mount::parse).collect()
+}
+
+/// A line of mountinfo.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// Folder of the file system that is mounted.
+    pub root: String,
+    /// Where.
+    pub point: String,
+    /// Options of this mount, as `ro,nosuid`.
+    pub options: String,
+    /// Type of the file system.
+    pub kind: String,
+}
+
+impl Mount {
+    fn parse(line: &str) -> Option<Self> {
+        let (left, right) = line.split_once(" - ")?;
+        let mut fields = left.split(' ').skip(3).map(str::to_owned);
+        let (root, point, options) = (fields.next()?, fields.next()?, fields.next()?);
+        Some(Self { root, point, options, kind: right.split(' ').next()?.to_owned() })
+    }
+
+    /// Whether an option is set.
+    pub fn has(&self, option: &str) -> bool {
+        self.options.split(',').any(|set| set == option)
+    }
+}
+
+/// Proportional set size in bytes: shared pages count for their share only.
+pub fn pss(pid: u32) -> Option<u64> {
+    rollup(pid, "Pss:")
+}
+
+/// A field of smaps_rollup in bytes.
+pub fn rollup(pid: u32, name: &str) -> Option<u64> {
+    let rollup = fs::read_to_string(of(pid).join("smaps_rollup")).ok()?;
+    let value = rollup.lines().find_map(|line| line.strip_prefix(name))?;
+    let kib: u64 = value.split_whitespace().next()?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Open file descriptors of a process.
+pub fn open_files(pid: u32) -> usize {
+    fs::read_dir(of(pid).join("fd")).map(Iterator::count).unwrap_or_default()
+}
+
+fn is_zombie(pid: u32) -> bool {
+    status_field(pid, "State").is_some_and(|state| state.starts_with('Z'))
+}
+
+fn of(pid: u32) -> PathBuf {
+    Path::new("/proc").join(pid.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mount_line_is_split() {
+        let line = "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue";
+        let mount = Mount::parse(line).unwrap();
+        assert_eq!(
+            (mount.root.as_str(), mount.point.as_str(), mount.kind.as_str()),
+            ("/mnt1", "/mnt2", "ext3")
+        );
+        assert!(mount.has("noatime") && !mount.has("ro"));
+    }
+
+    #[test]
+    fn this_process_is_alive_and_mentions_its_name() {
+        let me = std::process::id();
+        assert!(all().contains(&me) && is_alive(me));
+        assert!(mentions(me, &program(me)[..8]));
+        assert!(!mentions(me, "no-process-says-this-\u{1}"));
+        assert!(pss(me).unwrap() > 0);
+        assert!(open_files(me) > 0);
+    }
+}
