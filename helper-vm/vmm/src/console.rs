@@ -1,0 +1,186 @@
+//! What the guest's serial console and QEMU's stderr say: forwarded to the log line by line, the last lines
+//! kept for the reason of a failure.
+//!
+//! The guest writes what it likes as fast as it likes, so lines are cut, control characters replaced, and the
+//! number of lines per second that reach the log is limited; the reader never stops, so QEMU never waits.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::io::AsyncRead;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout};
+use tracing::Instrument as _;
+
+use crate::lines::{Line, LineReader};
+
+/// Longer than any line of the kernel's log.
+const LINE_LIMIT: usize = 1024;
+
+/// Kept for failure reasons.
+const TAIL: usize = 32;
+
+/// Lines that may come at once: a kernel's whole boot log fits.
+const BURST: u32 = 1000;
+
+/// Lines per second in the long run.
+const PER_SECOND: u32 = 50;
+
+/// Whose words they are, and so the log's target and level.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Speaker {
+    /// The guest's console: target `guest`, info.
+    Guest,
+    /// QEMU's and its jail's stderr: target `qemu`, warn.
+    Qemu,
+}
+
+impl Speaker {
+    fn log(self, line: &str) {
+        match self {
+            Self::Guest => tracing::info!(target: "guest", "{line}"),
+            Self::Qemu => tracing::warn!(target: "qemu", "{line}"),
+        }
+    }
+}
+
+/// A stream that is being forwarded, until its end.
+#[derive(Debug)]
+pub(crate) struct Console {
+    tail: Arc<Mutex<VecDeque<String>>>,
+    reader: JoinHandle<()>,
+}
+
+impl Console {
+    /// Starts forwarding.
+    pub(crate) fn forward(stream: impl AsyncRead + Unpin + Send + 'static, speaker: Speaker) -> Self {
+        let tail = Arc::new(Mutex::new(VecDeque::new()));
+        let reader = tokio::spawn(read(stream, speaker, tail.clone()).in_current_span());
+        Self { tail, reader }
+    }
+
+    /// Waits for the stream's end, for a writer that is gone already.
+    pub(crate) async fn drain(&mut self) {
+        /// Something else may have inherited the writing end.
+        const LIMIT: Duration = Duration::from_millis(500);
+        // Too late and ended badly mean the same: what was read so far must do.
+        let _ = timeout(LIMIT, &mut self.reader).await;
+    }
+
+    /// The lines that tell most about an end: the kernel's own verdict, else the last ones.
+    pub(crate) fn last_words(&self) -> Option<String> {
+        let tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
+        last_words(tail.iter().map(String::as_str))
+    }
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+async fn read(stream: impl AsyncRead + Unpin, speaker: Speaker, tail: Arc<Mutex<VecDeque<String>>>) {
+    let mut lines = LineReader::new(stream, LINE_LIMIT);
+    let mut rate = Rate::new(Instant::now());
+    // A broken stream ends like a closed one: the process at its other end is what is watched.
+    while let Ok(Some(line)) = lines.next().await {
+        let text = printable(&line);
+        if text.is_empty() {
+            continue;
+        }
+        if let Some(dropped) = rate.admit(Instant::now()) {
+            if dropped > 0 {
+                speaker.log(&format!("({dropped} lines dropped: too many per second)"));
+            }
+            speaker.log(&text);
+        }
+        let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
+        tail.truncate(TAIL - 1);
+        tail.push_front(text);
+    }
+}
+
+fn printable(line: &Line) -> String {
+    let text = String::from_utf8_lossy(&line.bytes);
+    let text = text.trim_end().replace(|c: char| c.is_control() && c != '\t', "\u{fffd}");
+    if line.cut { text + " (cut)" } else { text }
+}
+
+/// From the newest line to the oldest.
+fn last_words<'a>(newest_first: impl Iterator<Item = &'a str> + Clone) -> Option<String> {
+    const VERDICTS: [&str; 2] = ["Kernel panic", "System is deadlocked"];
+    const LINES: usize = 3;
+    let verdict = newest_first.clone().find(|line| VERDICTS.iter().any(|verdict| line.contains(verdict)));
+    if let Some(verdict) = verdict {
+        return Some(verdict.to_owned());
+    }
+    let mut last: Vec<&str> = newest_first.take(LINES).collect();
+    last.reverse();
+    (!last.is_empty()).then(|| last.join(" / "))
+}
+
+/// Token bucket.
+struct Rate {
+    tokens: f64,
+    at: Instant,
+    dropped: u64,
+}
+
+impl Rate {
+    fn new(now: Instant) -> Self {
+        Self { tokens: f64::from(BURST), at: now, dropped: 0 }
+    }
+
+    /// The number of lines dropped since the last admitted one, if this line may pass.
+    fn admit(&mut self, now: Instant) -> Option<u64> {
+        let refill = now.duration_since(self.at).as_secs_f64() * f64::from(PER_SECOND);
+        self.tokens = (self.tokens + refill).min(f64::from(BURST));
+        self.at = now;
+        if self.tokens < 1.0 {
+            self.dropped += 1;
+            return None;
+        }
+        self.tokens -= 1.0;
+        Some(std::mem::take(&mut self.dropped))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_passes_at_the_limit_and_is_counted() {
+        let start = Instant::now();
+        let mut rate = Rate::new(start);
+        let passed = (0..5000).filter(|_| rate.admit(start).is_some()).count();
+        assert_eq!(passed, BURST as usize);
+        let dropped = rate.admit(start + Duration::from_secs(1)).unwrap();
+        assert_eq!(dropped, 5000 - u64::from(BURST));
+    }
+
+    #[test]
+    fn control_characters_do_not_reach_the_log() {
+        let line = Line { bytes: b"\x1b[2Jboot\xff\t7".to_vec(), cut: true };
+        assert_eq!(printable(&line), "\u{fffd}[2Jboot\u{fffd}\t7 (cut)");
+    }
+
+    #[test]
+    fn a_panic_is_worth_more_than_what_follows_it() {
+        let lines = ["Rebooting", "CPU: 0", "Kernel panic - not syncing: no init", "Run /init"];
+        assert_eq!(last_words(lines.into_iter()).unwrap(), "Kernel panic - not syncing: no init");
+        assert_eq!(last_words(["d", "c", "b", "a"].into_iter()).unwrap(), "b / c / d");
+        assert_eq!(last_words([].into_iter()), None);
+    }
+
+    #[tokio::test]
+    async fn the_tail_is_bounded() {
+        let input: String = (0..1000).map(|number| format!("line {number}\n")).collect();
+        let mut console = Console::forward(std::io::Cursor::new(input), Speaker::Guest);
+        console.drain().await;
+        assert_eq!(console.tail.lock().unwrap().len(), TAIL);
+        assert_eq!(console.last_words().unwrap(), "line 997 / line 998 / line 999");
+    }
+}

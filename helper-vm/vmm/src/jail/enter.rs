@@ -1,0 +1,208 @@
+//! Entering the jail: every step of `vmctr-jail`, in the order that the next step depends on.
+//!
+//! ```text
+//!   file descriptors in place, all others close on exec
+//!   own mount, network, IPC and host-name namespaces
+//!   new root from read-only binds ── pivot_root ── the host's root is gone
+//!   resource limits
+//!   no capabilities ── no groups ── own user ── no new privileges
+//!   dies with the parent ── exec
+//! ```
+//!
+//! The process has one thread, so per-thread state is the process's.
+
+use std::convert::Infallible;
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{OpenOptionsExt as _, symlink};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use caps::CapSet;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::prctl::{set_no_new_privs, set_pdeathsig};
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::signal::Signal;
+use nix::unistd::{Gid, Uid, chdir, getpid, getppid, pivot_root, setgroups, setresgid, setresuid};
+
+use super::{Bind, FIRST_FD, JailSpec, Limits, sys};
+
+/// Where the new root is put together. Any directory of the host does, as the mount namespace is private
+/// and every source is opened before.
+const ROOT: &str = "/tmp";
+
+/// Besides `/usr`, each either a symlink into it or a directory of its own.
+const SYSTEM_DIRS: [&str; 6] = ["bin", "sbin", "lib", "lib32", "lib64", "libx32"];
+
+const LOADER_CACHE: &str = "/etc/ld.so.cache";
+
+const DEVICES: [&str; 2] = ["/dev/null", "/dev/urandom"];
+
+/// A step failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {step}")]
+pub struct JailError {
+    step: String,
+    #[source]
+    source: io::Error,
+}
+
+/// Adds the step to its error.
+trait Step<T> {
+    fn step(self, step: impl Into<String>) -> Result<T, JailError>;
+}
+
+impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
+    fn step(self, step: impl Into<String>) -> Result<T, JailError> {
+        self.map_err(|error| JailError { step: step.into(), source: error.into() })
+    }
+}
+
+/// Confines this process and becomes `spec.program`. The process must have one thread only.
+///
+/// # Errors
+/// The step that failed; the process is then half confined and must exit.
+pub fn enter(spec: &JailSpec) -> Result<Infallible, JailError> {
+    sys::place_fds(&spec.fds, FIRST_FD).step("put file descriptors in place")?;
+    let system = system_entries()?;
+    let sources = open_binds(&system.binds, &spec.binds)?;
+    let namespaces = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWUTS;
+    unshare(namespaces).step("make namespaces: run as root")?;
+    build_root(&system.links, &sources)?;
+    drop(sources);
+    enter_root()?;
+    set_limits(spec.limits)?;
+    become_nobody(spec)?;
+    die_with_parent(spec.parent)?;
+    let error = Command::new(&spec.program).args(&spec.args).env_clear().exec();
+    Err(error).step(format!("run {}", spec.program.display()))
+}
+
+/// What every jail takes from the host.
+struct SystemEntries {
+    binds: Vec<Bind>,
+    links: Vec<(PathBuf, PathBuf)>,
+}
+
+fn system_entries() -> Result<SystemEntries, JailError> {
+    let mut entries = SystemEntries { binds: vec![], links: vec![] };
+    let same = |path: &Path| Bind { source: path.to_owned(), target: path.to_owned() };
+    entries.binds.push(same(Path::new("/usr")));
+    for name in SYSTEM_DIRS {
+        let path = Path::new("/").join(name);
+        let Ok(metadata) = fs::symlink_metadata(&path) else { continue };
+        if metadata.is_symlink() {
+            let target = fs::read_link(&path).step(format!("read {}", path.display()))?;
+            entries.links.push((path, target));
+        } else {
+            entries.binds.push(same(&path));
+        }
+    }
+    entries.binds.extend(DEVICES.iter().map(|device| same(Path::new(device))));
+    if Path::new(LOADER_CACHE).exists() {
+        entries.binds.push(same(Path::new(LOADER_CACHE)));
+    }
+    Ok(entries)
+}
+
+/// An opened source, so that mounting the new root cannot hide it, and where it goes.
+struct Source {
+    file: File,
+    is_dir: bool,
+    target: PathBuf,
+}
+
+fn open_binds(system: &[Bind], own: &[Bind]) -> Result<Vec<Source>, JailError> {
+    system.iter().chain(own).map(open_bind).collect()
+}
+
+fn open_bind(bind: &Bind) -> Result<Source, JailError> {
+    let open = || {
+        let file = File::options().read(true).custom_flags(libc::O_PATH).open(&bind.source)?;
+        let is_dir = file.metadata()?.is_dir();
+        Ok::<_, io::Error>(Source { file, is_dir, target: bind.target.clone() })
+    };
+    open().step(format!("open {}", bind.source.display()))
+}
+
+fn build_root(links: &[(PathBuf, PathBuf)], sources: &[Source]) -> Result<(), JailError> {
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).step("make mounts private")?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("tmpfs"), ROOT, Some("tmpfs"), flags, Some("mode=755,size=64k")).step("mount the new root")?;
+    for (path, target) in links {
+        symlink(target, in_root(path)).step(format!("make {}", path.display()))?;
+    }
+    for source in sources {
+        bind(source).step(format!("bind {}", source.target.display()))?;
+    }
+    sys::make_read_only(c"/tmp").step("make the new root read-only")
+}
+
+fn bind(source: &Source) -> io::Result<()> {
+    let target = in_root(&source.target);
+    let make_dirs = |dir: &Path| DirBuilder::new().recursive(true).create(dir);
+    if source.is_dir {
+        make_dirs(&target)?;
+    } else {
+        target.parent().map_or(Ok(()), make_dirs)?;
+        File::create(&target)?;
+    }
+    let opened = format!("/proc/self/fd/{}", source.file.as_raw_fd());
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
+    mount(Some(opened.as_str()), &target, None::<&str>, flags, None::<&str>).map_err(io::Error::from)
+}
+
+/// The path's place in the new root. Host paths come from the parent, which is trusted.
+fn in_root(path: &Path) -> PathBuf {
+    Path::new(ROOT).join(path.strip_prefix("/").unwrap_or(path))
+}
+
+/// `pivot_root(".", ".")` stacks the old root over the new one, where it can be taken off: pivot_root(2).
+fn enter_root() -> Result<(), JailError> {
+    chdir(ROOT).step("enter the new root")?;
+    pivot_root(".", ".").step("change the root")?;
+    umount2(".", MntFlags::MNT_DETACH).step("leave the host's root")?;
+    chdir("/").step("enter the new root")
+}
+
+fn set_limits(limits: Limits) -> Result<(), JailError> {
+    for (resource, limit) in [
+        (Resource::RLIMIT_CORE, 0),
+        (Resource::RLIMIT_FSIZE, limits.file_size),
+        (Resource::RLIMIT_NOFILE, limits.open_files),
+        (Resource::RLIMIT_NPROC, limits.threads),
+    ] {
+        setrlimit(resource, limit, limit).step("set resource limits")?;
+    }
+    Ok(())
+}
+
+fn become_nobody(spec: &JailSpec) -> Result<(), JailError> {
+    for set in [CapSet::Bounding, CapSet::Ambient, CapSet::Inheritable] {
+        caps::clear(None, set).map_err(io::Error::other).step(format!("clear the {set:?} capabilities"))?;
+    }
+    let pid = u32::try_from(getpid().as_raw()).map_err(io::Error::other).step("learn the process ID")?;
+    let id = spec.first_uid.for_pid(pid);
+    setgroups(&[]).step("leave all groups")?;
+    let (gid, uid) = (Gid::from_raw(id), Uid::from_raw(id));
+    setresgid(gid, gid, gid).step(format!("become group {id}: see jail.first_uid in the config"))?;
+    // Leaving user 0 for good also clears the permitted and effective capabilities: capabilities(7).
+    setresuid(uid, uid, uid).step(format!("become user {id}: see jail.first_uid in the config"))?;
+    set_no_new_privs().step("give up new privileges")
+}
+
+/// The kernel forgets the signal when credentials change, so this comes after them.
+fn die_with_parent(parent: u32) -> Result<(), JailError> {
+    set_pdeathsig(Signal::SIGKILL).step("ask to die with the parent")?;
+    if u32::try_from(getppid().as_raw()) == Ok(parent) {
+        return Ok(());
+    }
+    Err(io::Error::other("the parent is gone")).step("die with the parent")
+}

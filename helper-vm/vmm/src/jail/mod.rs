@@ -1,0 +1,148 @@
+//! What QEMU is confined to: [`JailSpec`] says it, the binary `vmctr-jail` does it ([`enter`]) and then
+//! becomes QEMU.
+//!
+//! ```text
+//!   /            tmpfs, read-only, private to this process
+//!   ├── usr      the host's, read-only; bin, lib, lib64, ... as on the host (symlinks or the directories)
+//!   ├── (opt/x)  QEMU's own prefix, when it is not in /usr, read-only
+//!   ├── etc/ld.so.cache
+//!   ├── guest/kernel, guest/initramfs      read-only
+//!   └── dev/null, dev/urandom
+//! ```
+//!
+//! Invariants: no file that QEMU sees is writable; its user owns nothing and is shared with no other live
+//! process; it has no capabilities, no network, and no file descriptors but the listed ones. `/dev/kvm` is
+//! one of those, opened by the parent, so that its user needs no right to the device's node.
+
+pub mod enter;
+mod sys;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::assets::GuestAssets;
+use crate::config::FirstUid;
+use crate::qemu::Qemu;
+use crate::spec::VmSpec;
+
+/// Exit status of `vmctr-jail` when it could not become QEMU; its stderr says why.
+pub const EXIT_STATUS: i32 = 125;
+
+/// The kernel inside the jail.
+pub const KERNEL: &str = "/guest/kernel";
+
+/// The initramfs inside the jail.
+pub const INITRAMFS: &str = "/guest/initramfs";
+
+/// First number of the passed file descriptors inside the jail; the others follow in order.
+pub const FIRST_FD: i32 = 3;
+
+/// Everything that `vmctr-jail` needs; its only argument, as JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JailSpec {
+    /// The process that must be its parent, whose end ends it.
+    pub parent: u32,
+    /// See [`FirstUid::for_pid`].
+    pub first_uid: FirstUid,
+    /// What to run, as a path on the host and in the jail.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub args: Vec<String>,
+    /// What it sees, beside the host's system directories.
+    pub binds: Vec<Bind>,
+    /// File descriptors that it inherits, as numbered on entry.
+    pub fds: Vec<i32>,
+    /// Its resource limits.
+    pub limits: Limits,
+}
+
+/// A host file or directory that is visible, read-only, in the jail.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bind {
+    /// On the host.
+    pub source: PathBuf,
+    /// In the jail; absolute.
+    pub target: PathBuf,
+}
+
+/// Resource limits of the jailed process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Largest file, memfds included, in bytes.
+    pub file_size: u64,
+    /// Open files.
+    pub open_files: u64,
+    /// Threads.
+    pub threads: u64,
+}
+
+impl JailSpec {
+    /// The jail of one VM. `fds` are the numbers of the passed descriptors in this process.
+    #[must_use]
+    pub fn for_qemu(
+        qemu: &Qemu,
+        assets: &GuestAssets,
+        spec: &VmSpec,
+        first_uid: FirstUid,
+        args: Vec<String>,
+        fds: Vec<i32>,
+    ) -> Self {
+        let guest = [(assets.kernel(), KERNEL), (assets.initramfs(), INITRAMFS)];
+        let guest = guest.map(|(source, target)| Bind { source, target: target.into() });
+        let prefix = prefix_outside_usr(qemu.path()).map(|dir| Bind { source: dir.clone(), target: dir });
+        Self {
+            parent: std::process::id(),
+            first_uid,
+            program: qemu.path().to_owned(),
+            args,
+            binds: guest.into_iter().chain(prefix).collect(),
+            fds,
+            limits: Limits::for_vm(spec),
+        }
+    }
+}
+
+impl Limits {
+    fn for_vm(spec: &VmSpec) -> Self {
+        /// QEMU's event descriptors for a handful of devices, with room.
+        const OPEN_FILES: u64 = 512;
+        /// QEMU's own threads: main, RCU, up to 64 for block and file work.
+        const THREADS: u64 = 96;
+        Self {
+            file_size: spec.memory().bytes(),
+            open_files: OPEN_FILES,
+            threads: THREADS + u64::from(spec.vcpus().get()),
+        }
+    }
+}
+
+/// The installation that a QEMU outside `/usr` belongs to: `/opt/qemu` of `/opt/qemu/bin/qemu-system-x86_64`.
+fn prefix_outside_usr(program: &Path) -> Option<PathBuf> {
+    let dir = program.parent()?;
+    if dir.starts_with("/usr") {
+        return None;
+    }
+    let prefix = if dir.ends_with("bin") { dir.parent()? } else { dir };
+    Some(prefix.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_qemu_outside_usr_adds_its_prefix() {
+        for (program, want) in [
+            ("/usr/bin/qemu-system-x86_64", None),
+            ("/usr/local/bin/qemu-system-x86_64", None),
+            ("/opt/qemu/bin/qemu-system-x86_64", Some("/opt/qemu")),
+            ("/srv/build/qemu-system-x86_64", Some("/srv/build")),
+        ] {
+            assert_eq!(prefix_outside_usr(Path::new(program)), want.map(PathBuf::from));
+        }
+    }
+}

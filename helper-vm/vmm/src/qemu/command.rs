@@ -1,0 +1,107 @@
+//! QEMU's command line: a pure function of the machine and of the numbers that the passed file descriptors
+//! have in QEMU.
+//!
+//! What is there is what the guest needs: RAM that vhost-user daemons can map, a serial console, vsock, and
+//! the share. No network, no disk, no display, no USB, no firmware settings from files. Entropy comes from
+//! the CPU (RDRAND, which TCG provides too), so there is no device for it.
+
+use vmctr_proto::guest_paths::SHARE_TAG;
+
+use crate::accel::Accelerator;
+use crate::jail::{INITRAMFS, KERNEL};
+use crate::spec::{Machine, VmSpec};
+
+/// Numbers of the file descriptors that QEMU inherits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QemuFds {
+    /// Stream socket of the QMP monitor.
+    pub qmp: i32,
+    /// Stream socket that the guest's console is written to.
+    pub console: i32,
+    /// vhost-user socket of the vsock device.
+    pub vsock: i32,
+    /// vhost-user socket of the share.
+    pub share: Option<i32>,
+    /// `/dev/kvm`, with KVM only.
+    pub kvm: Option<i32>,
+}
+
+/// Arguments after the program's name.
+#[must_use]
+pub fn arguments(spec: &VmSpec, accelerator: Accelerator, fds: QemuFds) -> Vec<String> {
+    let mut args = vec![];
+    isolate(&mut args);
+    machine(&mut args, spec, accelerator, fds.kvm);
+    boot(&mut args, accelerator);
+    devices(&mut args, fds);
+    args
+}
+
+fn add(args: &mut Vec<String>, option: &str, value: impl Into<String>) {
+    args.push(option.to_owned());
+    args.push(value.into());
+}
+
+fn isolate(args: &mut Vec<String>) {
+    args.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned));
+    add(args, "-display", "none");
+    add(args, "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+}
+
+fn machine(args: &mut Vec<String>, spec: &VmSpec, accelerator: Accelerator, kvm: Option<i32>) {
+    /// Bounds the memory that QEMU takes for translated code; by default it may be a gigabyte.
+    const TRANSLATED_CODE_MIB: u32 = 32;
+    let trimmed = match spec.machine() {
+        Machine::Q35 => "q35,sata=off,smbus=off,i8042=off,usb=off,vmport=off,hpet=off,smm=off",
+        Machine::Pc => "pc,smbus=off,i8042=off,usb=off,vmport=off,hpet=off,smm=off",
+    };
+    add(args, "-machine", format!("{trimmed},memory-backend=ram"));
+    let size = spec.memory().mib();
+    add(args, "-object", format!("memory-backend-memfd,id=ram,size={size}M,share=on"));
+    add(args, "-m", format!("{size}M"));
+    add(args, "-smp", spec.vcpus().to_string());
+    match (accelerator, kvm) {
+        (Accelerator::Kvm, kvm) => {
+            let device = kvm.map_or(String::new(), |fd| {
+                add(args, "-add-fd", format!("fd={fd},set=1"));
+                ",device=/dev/fdset/1".to_owned()
+            });
+            add(args, "-accel", format!("kvm{device}"));
+            add(args, "-cpu", "host");
+        }
+        (Accelerator::Tcg, _) => {
+            add(args, "-accel", format!("tcg,thread=multi,tb-size={TRANSLATED_CODE_MIB}"));
+            add(args, "-cpu", "max");
+        }
+    }
+}
+
+fn boot(args: &mut Vec<String>, accelerator: Accelerator) {
+    add(args, "-kernel", KERNEL);
+    add(args, "-initrd", INITRAMFS);
+    add(args, "-append", kernel_arguments(accelerator));
+}
+
+/// A panic ends the VM at once (`panic=-1` with QEMU's `-no-reboot`). Without KVM the guest shares no
+/// CPU state with the host that mitigations could protect, and they cost most there.
+fn kernel_arguments(accelerator: Accelerator) -> String {
+    let common = "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check random.trust_cpu=on \
+                  cryptomgr.notests";
+    match accelerator {
+        Accelerator::Kvm => common.to_owned(),
+        Accelerator::Tcg => format!("{common} mitigations=off"),
+    }
+}
+
+fn devices(args: &mut Vec<String>, fds: QemuFds) {
+    add(args, "-chardev", format!("socket,id=qmp,fd={}", fds.qmp));
+    add(args, "-mon", "chardev=qmp,mode=control");
+    add(args, "-chardev", format!("socket,id=console,fd={}", fds.console));
+    add(args, "-serial", "chardev:console");
+    add(args, "-chardev", format!("socket,id=vsock,fd={}", fds.vsock));
+    add(args, "-device", "vhost-user-vsock-pci,chardev=vsock");
+    if let Some(share) = fds.share {
+        add(args, "-chardev", format!("socket,id=share,fd={share}"));
+        add(args, "-device", format!("vhost-user-fs-pci,chardev=share,tag={SHARE_TAG}"));
+    }
+}

@@ -1,0 +1,237 @@
+//! QEMU's control connection (QMP): one JSON message per line, over a socketpair that QEMU inherits.
+//!
+//! A client of our own, small on purpose: the guest may take over QEMU, so each line, the number of kept
+//! events and each wait are bounded here, and the few commands that the driver needs fit on one page. The
+//! generated bindings bound none of that.
+//!
+//! ```text
+//!   greeting ──> qmp_capabilities ──> { command ──> return | error }*     events between any two lines
+//! ```
+
+use std::collections::VecDeque;
+use std::io;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+use crate::lines::{Line, LineReader};
+
+/// Far above any reply to the commands used here.
+const LINE_LIMIT: usize = 64 * 1024;
+
+/// Events that arrive while a command waits for its reply; older ones are dropped.
+const EVENT_LIMIT: usize = 16;
+
+/// How long QEMU may take to answer a command.
+const REPLY_LIMIT: Duration = Duration::from_secs(10);
+
+/// An event that QEMU sent.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub(crate) struct QmpEvent {
+    /// Such as `SHUTDOWN`.
+    #[serde(rename = "event")]
+    pub name: String,
+    /// Its details.
+    #[serde(default)]
+    pub data: Value,
+}
+
+/// QEMU did not do what it was told.
+#[derive(Debug, thiserror::Error)]
+pub enum QmpError {
+    /// The connection broke.
+    #[error("The connection to QEMU's monitor broke")]
+    Io(#[from] io::Error),
+    /// QEMU closed it: it is gone or about to be.
+    #[error("QEMU closed its monitor")]
+    Closed,
+    /// A line that is no message, or one that is too long.
+    #[error("QEMU's monitor sent no valid message: {0:?}")]
+    Message(String),
+    /// The command failed.
+    #[error("QEMU refused {command}: {description}")]
+    Refused {
+        /// The command.
+        command: &'static str,
+        /// In QEMU's words.
+        description: String,
+    },
+    /// No answer.
+    #[error("QEMU did not answer {command} within {} s", REPLY_LIMIT.as_secs())]
+    Silent {
+        /// The command.
+        command: &'static str,
+    },
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Message {
+    Event(QmpEvent),
+    Return {
+        #[serde(rename = "return")]
+        _value: Value,
+    },
+    Error {
+        error: ErrorBody,
+    },
+    Greeting {
+        #[serde(rename = "QMP")]
+        _capabilities: Value,
+    },
+}
+
+#[derive(Deserialize)]
+struct ErrorBody {
+    desc: String,
+}
+
+/// A monitor that has said hello.
+#[derive(Debug)]
+pub(crate) struct Qmp {
+    lines: LineReader<UnixStream>,
+    events: VecDeque<QmpEvent>,
+}
+
+impl Qmp {
+    /// Waits for the greeting and leaves negotiation mode. QEMU greets when its devices are set up.
+    pub(crate) async fn connect(stream: UnixStream) -> Result<Self, QmpError> {
+        let mut qmp = Self { lines: LineReader::new(stream, LINE_LIMIT), events: VecDeque::new() };
+        match qmp.read().await? {
+            Message::Greeting { .. } => qmp.execute("qmp_capabilities").await.map(|()| qmp),
+            _ => Err(QmpError::Message("no greeting".to_owned())),
+        }
+    }
+
+    /// Stops the guest's CPUs.
+    pub(crate) async fn stop(&mut self) -> Result<(), QmpError> {
+        self.execute("stop").await
+    }
+
+    /// Lets the guest's CPUs run.
+    pub(crate) async fn cont(&mut self) -> Result<(), QmpError> {
+        self.execute("cont").await
+    }
+
+    /// The next event. Cancel safe.
+    pub(crate) async fn next_event(&mut self) -> Result<QmpEvent, QmpError> {
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return Ok(event);
+            }
+            // A reply to a command that timed out has no one to go to.
+            if let Message::Event(event) = self.read().await? {
+                return Ok(event);
+            }
+        }
+    }
+
+    async fn execute(&mut self, command: &'static str) -> Result<(), QmpError> {
+        let mut line = json!({ "execute": command }).to_string();
+        line.push('\n');
+        self.lines.stream_mut().write_all(line.as_bytes()).await?;
+        timeout(REPLY_LIMIT, self.reply(command)).await.map_err(|_| QmpError::Silent { command })?
+    }
+
+    async fn reply(&mut self, command: &'static str) -> Result<(), QmpError> {
+        loop {
+            match self.read().await? {
+                Message::Return { .. } => return Ok(()),
+                Message::Error { error } => {
+                    return Err(QmpError::Refused { command, description: shorten(&error.desc) });
+                }
+                Message::Event(event) => self.keep(event),
+                Message::Greeting { .. } => return Err(QmpError::Message("a second greeting".to_owned())),
+            }
+        }
+    }
+
+    fn keep(&mut self, event: QmpEvent) {
+        if self.events.len() == EVENT_LIMIT {
+            self.events.pop_front();
+        }
+        self.events.push_back(event);
+    }
+
+    async fn read(&mut self) -> Result<Message, QmpError> {
+        let Line { bytes, cut } = self.lines.next().await?.ok_or(QmpError::Closed)?;
+        let message = if cut { None } else { serde_json::from_slice(&bytes).ok() };
+        message.ok_or_else(|| QmpError::Message(shorten(&String::from_utf8_lossy(&bytes))))
+    }
+}
+
+/// For error messages.
+fn shorten(text: &str) -> String {
+    const LIMIT: usize = 200;
+    text.chars().take(LIMIT).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GREETING: &str = r#"{"QMP": {"version": {}, "capabilities": ["oob"]}}"#;
+    const OK: &str = r#"{"return": {}}"#;
+
+    /// A monitor that sends these lines whatever it is told.
+    async fn scripted(lines: &[&str]) -> (Result<Qmp, QmpError>, UnixStream) {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        for line in lines {
+            theirs.write_all(format!("{line}\r\n").as_bytes()).await.unwrap();
+        }
+        (Qmp::connect(ours).await, theirs)
+    }
+
+    #[tokio::test]
+    async fn commands_are_answered_around_events() {
+        let stop = r#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "STOP"}"#;
+        let shutdown = r#"{"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-reset"}}"#;
+        let (qmp, theirs) = scripted(&[GREETING, OK, stop, OK, shutdown]).await;
+        let mut qmp = qmp.unwrap();
+        qmp.stop().await.unwrap();
+        assert_eq!(qmp.next_event().await.unwrap().name, "STOP");
+        let event = qmp.next_event().await.unwrap();
+        assert_eq!((event.name.as_str(), &event.data["reason"]), ("SHUTDOWN", &json!("guest-reset")));
+        drop(theirs);
+        assert!(matches!(qmp.next_event().await, Err(QmpError::Closed | QmpError::Io(_))));
+    }
+
+    #[tokio::test]
+    async fn a_refusal_carries_qemus_words() {
+        let refusal = r#"{"error": {"class": "GenericError", "desc": "Resetting the VM"}}"#;
+        let (qmp, _theirs) = scripted(&[GREETING, OK, refusal]).await;
+        let message = qmp.unwrap().cont().await.unwrap_err().to_string();
+        assert_eq!(message, "QEMU refused cont: Resetting the VM");
+    }
+
+    #[tokio::test]
+    async fn what_is_no_monitor_is_refused() {
+        assert!(matches!(scripted(&["hello"]).await.0, Err(QmpError::Message(_))));
+        assert!(matches!(scripted(&[OK]).await.0, Err(QmpError::Message(_))));
+        let long = format!("{{\"QMP\": \"{}\"}}", "x".repeat(LINE_LIMIT));
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let sent = tokio::spawn(async move {
+            let _ = theirs.write_all(format!("{long}\n").as_bytes()).await;
+            theirs
+        });
+        assert!(matches!(Qmp::connect(ours).await, Err(QmpError::Message(_))));
+        drop(sent.await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_events_keeps_the_last_ones() {
+        let mut lines = vec![GREETING.to_owned(), OK.to_owned()];
+        lines.extend((0..100).map(|number| format!("{{\"event\": \"E{number}\"}}")));
+        lines.push(OK.to_owned());
+        let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
+        let (qmp, _theirs) = scripted(&lines).await;
+        let mut qmp = qmp.unwrap();
+        qmp.stop().await.unwrap();
+        assert_eq!(qmp.events.len(), EVENT_LIMIT);
+        assert_eq!(qmp.next_event().await.unwrap().name, "E84");
+    }
+}

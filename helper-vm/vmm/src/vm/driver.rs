@@ -1,0 +1,187 @@
+//! The task that owns a VM: its state, QEMU's process, the monitor. Everyone else sends [`Request`]s.
+//!
+//! ```text
+//!   requests ──┐
+//!   QEMU's end ├──> driver ──> state (watch)
+//!   events ────┘        └────> QMP stop, cont; SIGKILL
+//! ```
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::boot::{boot, move_to};
+use super::process::QemuProcess;
+use super::{Started, VmError, VmStart, VmState};
+use crate::error_chain::error_chain;
+use crate::qmp::{Qmp, QmpEvent};
+use crate::vsock::UnixServer;
+
+/// Requests that may wait.
+pub(super) const QUEUE: usize = 16;
+
+/// Where a request's result goes.
+pub(super) type Answer = oneshot::Sender<Result<(), VmError>>;
+
+/// What a handle can ask for.
+#[derive(Debug)]
+pub(super) enum Request {
+    Pause(Answer),
+    Resume(Answer),
+    Stop(Answer),
+}
+
+/// The driver before and after QEMU lives.
+pub(super) struct Driver {
+    state: watch::Sender<VmState>,
+    requests: mpsc::Receiver<Request>,
+}
+
+/// What the driver owns while QEMU lives.
+pub(super) struct Running {
+    pub qemu: QemuProcess,
+    pub qmp: Qmp,
+    /// Removes its socket file when dropped.
+    pub _vsock_socket: UnixServer,
+}
+
+/// What happened next.
+enum Step {
+    Request(Option<Request>),
+    Event(QmpEvent),
+    /// QEMU ended, or broke its monitor and was killed for it.
+    End(VmError),
+}
+
+/// How the VM's life ended.
+enum Last {
+    Stopped(Option<Answer>),
+    Failed(VmError),
+}
+
+impl Driver {
+    pub(super) fn new(state: watch::Sender<VmState>, requests: mpsc::Receiver<Request>) -> Self {
+        Self { state, requests }
+    }
+
+    /// The VM's whole life.
+    pub(super) async fn run(mut self, start: VmStart, mut answer: oneshot::Sender<Result<Started, VmError>>) {
+        let booted = tokio::select! {
+            booted = boot(start, &self.state) => booted,
+            () = answer.closed() => Err(VmError::GivenUp),
+        };
+        match booted {
+            Ok((running, started)) => {
+                // With nobody to take the VM, its handle's channel is closed, which ends it.
+                let _ = answer.send(Ok(started));
+                self.drive(running).await;
+            }
+            Err(error) => {
+                self.fail(&error);
+                let _ = answer.send(Err(error));
+            }
+        }
+    }
+
+    async fn drive(&mut self, mut running: Running) {
+        let mut shutdown = None;
+        let last = loop {
+            match self.next(&mut running, shutdown.as_deref()).await {
+                Step::Request(Some(Request::Pause(answer))) => {
+                    let _ = answer.send(self.pause(&mut running.qmp).await);
+                }
+                Step::Request(Some(Request::Resume(answer))) => {
+                    let _ = answer.send(self.resume(&mut running.qmp).await);
+                }
+                Step::Request(Some(Request::Stop(answer))) => match running.qemu.kill().await {
+                    Ok(()) => break Last::Stopped(Some(answer)),
+                    Err(error) => {
+                        let _ = answer.send(Err(error));
+                    }
+                },
+                Step::Request(None) => {
+                    if let Err(error) = running.qemu.kill().await {
+                        tracing::error!("{error}");
+                    }
+                    break Last::Stopped(None);
+                }
+                Step::Event(event) => note_shutdown(&event, &mut shutdown),
+                Step::End(error) => break Last::Failed(error),
+            }
+        };
+        drop(running);
+        self.finish(last).await;
+    }
+
+    /// QEMU is reaped and the VM's socket removed.
+    async fn finish(&mut self, last: Last) {
+        match last {
+            Last::Stopped(answer) => {
+                self.state.send_replace(VmState::Stopped);
+                if let Some(answer) = answer {
+                    let _ = answer.send(Ok(()));
+                }
+            }
+            Last::Failed(error) => self.fail(&error),
+        }
+        self.refuse_requests().await;
+    }
+
+    async fn next(&mut self, running: &mut Running, shutdown: Option<&str>) -> Step {
+        let Running { qemu, qmp, .. } = running;
+        let shutdown = shutdown.map(str::to_owned);
+        tokio::select! {
+            request = self.requests.recv() => return Step::Request(request),
+            event = qmp.next_event() => match event {
+                Ok(event) => return Step::Event(event),
+                Err(error) => {
+                    let state = self.state.borrow().clone();
+                    if let Some(end) = qemu.end_soon(state, shutdown).await {
+                        return Step::End(end);
+                    }
+                    if let Err(error) = qemu.kill().await {
+                        tracing::error!("{error}");
+                    }
+                    return Step::End(error.into());
+                }
+            },
+            _ = qemu.child.wait() => {}
+        }
+        let state = self.state.borrow().clone();
+        Step::End(qemu.end(state, shutdown).await)
+    }
+
+    async fn pause(&self, qmp: &mut Qmp) -> Result<(), VmError> {
+        let next = self.state.borrow().to(VmState::Paused)?;
+        qmp.stop().await?;
+        move_to(&self.state, next)
+    }
+
+    async fn resume(&self, qmp: &mut Qmp) -> Result<(), VmError> {
+        let next = self.state.borrow().to(VmState::Running)?;
+        qmp.cont().await?;
+        move_to(&self.state, next)
+    }
+
+    fn fail(&self, error: &VmError) {
+        let reason = error_chain(error);
+        tracing::warn!("VM failed: {reason}");
+        self.state.send_replace(VmState::Failed(reason));
+    }
+
+    /// A VM that is over can still be stopped, which does nothing.
+    async fn refuse_requests(&mut self) {
+        while let Some(request) = self.requests.recv().await {
+            let (answer, result) = match request {
+                Request::Stop(answer) => (answer, Ok(())),
+                Request::Pause(answer) => (answer, self.state.borrow().to(VmState::Paused).map(drop)),
+                Request::Resume(answer) => (answer, self.state.borrow().to(VmState::Running).map(drop)),
+            };
+            let _ = answer.send(result.map_err(VmError::from));
+        }
+    }
+}
+
+fn note_shutdown(event: &QmpEvent, shutdown: &mut Option<String>) {
+    if event.name == "SHUTDOWN" {
+        *shutdown = event.data["reason"].as_str().map(str::to_owned);
+    }
+}

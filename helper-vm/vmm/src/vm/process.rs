@@ -1,0 +1,59 @@
+//! QEMU's process and what it and its guest say.
+
+use std::io;
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use tokio::process::Child;
+use tokio::time::timeout;
+
+use super::error::End;
+use super::{VmError, VmState};
+use crate::console::Console;
+use crate::jail;
+
+/// A child of this process. Dropping it kills QEMU; it is then reaped in the background.
+#[derive(Debug)]
+pub(super) struct QemuProcess {
+    pub child: Child,
+    /// The guest's serial console.
+    pub console: Console,
+    /// QEMU's own stderr.
+    pub stderr: Console,
+}
+
+impl QemuProcess {
+    /// Waits for the end, then says how it came. Cancel safe until QEMU has exited.
+    pub(super) async fn end(&mut self, state: VmState, shutdown: Option<String>) -> VmError {
+        let status = self.child.wait().await;
+        self.console.drain().await;
+        self.stderr.drain().await;
+        let (qemu, guest) = (self.stderr.last_words(), self.console.last_words());
+        if status.as_ref().ok().and_then(ExitStatus::code) == Some(jail::EXIT_STATUS) {
+            return VmError::Jail(qemu.unwrap_or_default());
+        }
+        let status =
+            status.map_or_else(|error| format!("status unknown: {error}"), |status| status.to_string());
+        VmError::Ended(End { state, status, shutdown, qemu, guest })
+    }
+
+    /// As [`Self::end`], for a QEMU whose connection just broke; `None` when it lives on.
+    pub(super) async fn end_soon(&mut self, state: VmState, shutdown: Option<String>) -> Option<VmError> {
+        const LIMIT: Duration = Duration::from_secs(1);
+        match timeout(LIMIT, self.child.wait()).await {
+            Ok(_) => Some(self.end(state, shutdown).await),
+            Err(_) => None,
+        }
+    }
+
+    /// SIGKILL, then reaps it.
+    pub(super) async fn kill(&mut self) -> Result<(), VmError> {
+        /// The kernel frees the guest's memory in this time.
+        const LIMIT: Duration = Duration::from_secs(10);
+        let error = |source| VmError::Host { action: "kill QEMU", source };
+        match timeout(LIMIT, self.child.kill()).await {
+            Ok(killed) => killed.map_err(error),
+            Err(_) => Err(error(io::Error::from(io::ErrorKind::TimedOut))),
+        }
+    }
+}
