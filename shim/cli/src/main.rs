@@ -1,3 +1,60 @@
-//! Stub.
+//! `vmctr`: looks at the VMs that containers run in, checks the host, builds the guest.
+//!
+//! ```text
+//!   cli.rs       the command line as data
+//!   commands/    one module per verb ──> control.rs (shim's socket), containerd.rs, vms.rs (run directories)
+//!   failure.rs   exit codes, messages, hints
+//!   output.rs    tables and JSON
+//! ```
+//!
+//! A verb prints its answer to stdout and returns a verdict; an error becomes one line on stderr.
 
-fn main() {}
+mod cli;
+mod commands;
+mod containerd;
+mod control;
+mod failure;
+mod output;
+mod vms;
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::Cli;
+use crate::failure::Exit;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(answer) => return not_parsed(&answer),
+    };
+    log_to_stderr();
+    match block_on(commands::run(cli)) {
+        Ok(verdict) => verdict.into(),
+        Err(failure) => {
+            eprintln!("{failure}");
+            failure.exit().into()
+        }
+    }
+}
+
+/// Help and version are answers; anything else is wrong usage.
+fn not_parsed(answer: &clap::Error) -> ExitCode {
+    // Nothing is left to say if the terminal is gone.
+    let _ = answer.print();
+    if answer.use_stderr() { Exit::Failed.into() } else { ExitCode::SUCCESS }
+}
+
+/// `RUST_LOG` turns the libraries' log on; what a verb has to say is never said there.
+fn log_to_stderr() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("off"));
+    let colour = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colour).init();
+}
+
+fn block_on(work: impl Future<Output = failure::Outcome>) -> failure::Outcome {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(work)
+}

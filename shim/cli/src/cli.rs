@@ -1,0 +1,150 @@
+//! The command line as data: every verb, flag and help text, and nothing that acts.
+//!
+//! Flags that concern the whole program stand before the verb: a verb may then use the same letters for
+//! its own purpose. Only `--json` may stand on either side.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Where containerd listens unless told otherwise.
+pub const DEFAULT_ADDRESS: &str = "/run/containerd/containerd.sock";
+
+/// The namespace that `ctr` uses unless told otherwise.
+pub const DEFAULT_NAMESPACE: &str = "default";
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done
+  1    the command did its work and the answer is bad: doctor found a problem, a guest file is damaged
+  125  vmctr could not do its work: wrong usage, bad configuration, a failed system call
+  127  what the command names does not exist: no such container, no guest assets";
+
+/// Containers that each run behind their own kernel: look at them, check this host, build the guest.
+#[derive(Debug, Parser)]
+#[command(name = "vmctr", version, after_help = EXIT_CODES, arg_required_else_help = true)]
+pub struct Cli {
+    /// Flags of the whole program.
+    #[command(flatten)]
+    pub globals: Globals,
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// Flags of the whole program.
+#[derive(Args, Debug)]
+pub struct Globals {
+    /// containerd's socket
+    #[arg(short, long, value_name = "SOCKET", env = "CONTAINERD_ADDRESS", default_value = DEFAULT_ADDRESS)]
+    pub address: String,
+    /// containerd's namespace
+    #[arg(short, long, value_name = "NAME", env = "CONTAINERD_NAMESPACE", default_value = DEFAULT_NAMESPACE)]
+    pub namespace: String,
+    /// Print JSON instead of a table
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Check that this host can run containers in VMs; name what is missing and the command that fixes it
+    ///
+    /// Every check runs, whatever the others found. Exits 1 when one of them failed; warnings do not count.
+    Doctor,
+    /// List the VMs of the namespace
+    Ps,
+    /// Show a container's VM: state, processes, memory, shares, start phases, tasks
+    Inspect {
+        /// The container's ID
+        #[arg(value_name = "ID")]
+        id: String,
+    },
+    /// Print the versions of vmctr, of the agent protocol and of containerd, if it answers
+    Version,
+    /// Build or look at what the VMs boot: a kernel and an initramfs
+    #[command(subcommand)]
+    Guest(GuestVerb),
+}
+
+/// Verbs of `vmctr guest`.
+#[derive(Debug, Subcommand)]
+pub enum GuestVerb {
+    /// Build the guest's kernel image and initramfs
+    ///
+    /// Without --deb and --kernel, the distribution's cloud kernel package is downloaded with apt-get; it is
+    /// unpacked, never installed.
+    Build(GuestBuild),
+    /// Show the guest assets in use: versions, sizes, and whether the files still are what was built
+    ///
+    /// Exits 1 when a file is missing or its digest differs, 127 when there are no guest assets.
+    Info(GuestInfo),
+}
+
+/// Arguments of `vmctr guest build`.
+#[derive(Args, Debug)]
+pub struct GuestBuild {
+    /// Kernel package (linux-image-*.deb) to take the kernel and its modules from
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "modules"])]
+    pub deb: Option<PathBuf>,
+    /// Kernel image (bzImage or ELF vmlinux) to use instead of a package
+    #[arg(long, value_name = "FILE", requires = "modules")]
+    pub kernel: Option<PathBuf>,
+    /// The kernel's module directory, such as /lib/modules/6.12.0
+    #[arg(long, value_name = "DIR", requires = "kernel")]
+    pub modules: Option<PathBuf>,
+    /// The agent's binary [default: vmctr-agent beside this program]
+    #[arg(long, value_name = "FILE")]
+    pub agent: Option<PathBuf>,
+    /// Directory to fill; created if missing
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+/// Arguments of `vmctr guest info`.
+#[derive(Args, Debug)]
+pub struct GuestInfo {
+    /// Asset directory [default: the one that VMs boot from]
+    #[arg(value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definitions_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn json_may_stand_on_either_side_of_the_verb() {
+        assert!(Cli::try_parse_from(["vmctr", "--json", "doctor"]).unwrap().globals.json);
+        assert!(Cli::try_parse_from(["vmctr", "doctor", "--json"]).unwrap().globals.json);
+        assert!(!Cli::try_parse_from(["vmctr", "doctor"]).unwrap().globals.json);
+    }
+
+    #[test]
+    fn address_and_namespace_stand_before_the_verb_only() {
+        let cli = Cli::try_parse_from(["vmctr", "-a", "/x", "-n", "k8s.io", "ps"]).unwrap();
+        assert_eq!((cli.globals.address.as_str(), cli.globals.namespace.as_str()), ("/x", "k8s.io"));
+        assert!(Cli::try_parse_from(["vmctr", "ps", "-n", "k8s.io"]).is_err());
+    }
+
+    #[test]
+    fn a_kernel_needs_its_modules_and_excludes_a_package() {
+        let build = |more: &[&str]| {
+            Cli::try_parse_from(["vmctr", "guest", "build", "--out", "o"].iter().chain(more)).is_ok()
+        };
+        assert!(build(&[]));
+        assert!(build(&["--deb", "d"]));
+        assert!(build(&["--kernel", "k", "--modules", "m"]));
+        assert!(!build(&["--kernel", "k"]));
+        assert!(!build(&["--modules", "m"]));
+        assert!(!build(&["--deb", "d", "--kernel", "k", "--modules", "m"]));
+    }
+}

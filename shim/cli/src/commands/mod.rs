@@ -1,0 +1,44 @@
+//! One module per verb.
+
+mod doctor;
+mod guest;
+mod inspect;
+mod ps;
+mod version;
+
+use std::path::PathBuf;
+
+use vmctr_vmm::config::Config;
+
+use crate::cli::{Cli, Verb};
+use crate::containerd::socket_path;
+use crate::failure::Outcome;
+
+/// What every verb may need.
+pub struct Context {
+    /// containerd's socket.
+    pub address: PathBuf,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// Whether the answer is to be JSON.
+    pub json: bool,
+}
+
+/// Does what the command line says.
+pub async fn run(cli: Cli) -> Outcome {
+    let globals = cli.globals;
+    let context =
+        Context { address: socket_path(&globals.address), namespace: globals.namespace, json: globals.json };
+    match cli.verb {
+        Verb::Doctor => doctor::run(&context).await,
+        Verb::Ps => ps::run(&context).await,
+        Verb::Inspect { id } => inspect::run(&context, &id).await,
+        Verb::Version => version::run(&context).await,
+        Verb::Guest(verb) => guest::run(&context, verb),
+    }
+}
+
+/// The configuration file, or the defaults.
+fn config() -> Result<Config, crate::failure::Failure> {
+    Ok(Config::load()?)
+}
