@@ -130,14 +130,24 @@ fn receive_with_fd(socket: &UnixStream, buffer: &mut [u8]) -> Result<(usize, Opt
 }
 
 /// Tells the caller that the daemon serves.
-pub(super) fn send_ready(socket: &mut UnixStream) -> io::Result<()> {
-    writeln!(socket, "{READY}")
+pub(super) fn send_ready(socket: &UnixStream) -> io::Result<()> {
+    send_line(socket, READY)
 }
 
 /// Tells the caller why the daemon does not serve.
-pub(super) fn send_error(socket: &mut UnixStream, message: &str) -> io::Result<()> {
-    let line = message.replace('\n', " ");
-    writeln!(socket, "{ERROR}{line}")
+pub(super) fn send_error(socket: &UnixStream, message: &str) -> io::Result<()> {
+    send_line(socket, &format!("{ERROR}{}", message.replace('\n', " ")))
+}
+
+/// Uses write(2): a confined daemon may not call sendto(2), which the standard library's sockets do.
+fn send_line(socket: &UnixStream, text: &str) -> io::Result<()> {
+    let line = format!("{text}\n");
+    let mut rest = line.as_bytes();
+    while !rest.is_empty() {
+        let written = rustix::io::write(socket, rest)?;
+        rest = &rest[written..];
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -119,7 +119,7 @@ pub fn take_control() -> Result<OwnedFd, DaemonError> {
 pub fn run(control: OwnedFd) -> Result<i32, DaemonError> {
     let mut control = UnixStream::from(control);
     let side = divide(&mut control);
-    match told(&mut control, side)? {
+    match told(&control, side)? {
         Side::Supervisor(server) => {
             // The server answers. Should it die, the caller must see the socket close.
             drop(control);
@@ -128,8 +128,8 @@ pub fn run(control: OwnedFd) -> Result<i32, DaemonError> {
         }
         Side::Server(order) => {
             let fs = prepare(&order.spec);
-            let mut daemon = told(&mut control, fs.and_then(attach))?;
-            control::send_ready(&mut control).map_err(step("answer the caller"))?;
+            let mut daemon = told(&control, fs.and_then(attach))?;
+            control::send_ready(&control).map_err(step("answer the caller"))?;
             drop(control);
             serve(&mut daemon, order.listener)?;
             Ok(0)
@@ -138,7 +138,7 @@ pub fn run(control: OwnedFd) -> Result<i32, DaemonError> {
 }
 
 /// Passes a result on, and an error also to the caller.
-fn told<T>(control: &mut UnixStream, result: Result<T, DaemonError>) -> Result<T, DaemonError> {
+fn told<T>(control: &UnixStream, result: Result<T, DaemonError>) -> Result<T, DaemonError> {
     if let Err(error) = &result
         && let Err(lost) = control::send_error(control, &chain(error))
     {
