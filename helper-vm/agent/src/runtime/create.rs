@@ -1,0 +1,63 @@
+//! Builds a container: its root, then its init process, which waits for the start.
+
+use std::fs;
+
+use anyhow::Context;
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::oci_spec::runtime::Spec;
+use libcontainer::syscall::syscall::SyscallType;
+use pathrs::Root;
+use prost::Message;
+use rustix::process::Pid;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use super::payload::Payload;
+use super::report::Reporter;
+use super::seccomp::Confinement;
+use super::{Job, ROOT_FILE, STATE_DIR, console_socket, container_dir};
+use crate::rootfs::{self, ROOTFS, RootPlan};
+
+/// Builds the container whose directory PID 1 has filled; returns its init process.
+pub fn create(job: &Job, reporter: Reporter) -> anyhow::Result<Pid> {
+    let dir = container_dir(&job.container);
+    let root = fs::read(dir.join(ROOT_FILE)).context(ROOT_FILE)?;
+    let plan = RootPlan::parse(Some(&vmctr_proto::agent::Root::decode(root.as_slice())?))?;
+    rootfs::build(&plan, &dir).context("building the root file system")?;
+    make_working_directory(&dir)?;
+    super::leave_agents_protection()?;
+    let container = ContainerBuilder::new(job.container.clone(), SyscallType::default())
+        .with_root_path(STATE_DIR)?
+        .with_executor(Payload::new(reporter, Confinement::default()))
+        .with_console_socket(job.terminal.then(|| console_socket(&job.container, &job.process)))
+        .as_init(&dir)
+        .with_systemd(false)
+        .with_detach(true)
+        .build()?;
+    let pid =
+        container.pid().and_then(|pid| Pid::from_raw(pid.as_raw())).context("the init process is gone")?;
+    loopback_up(pid).context("bringing up the container's loopback interface")?;
+    Ok(pid)
+}
+
+/// Creates `process.cwd` where the image lacks it, as other runtimes do. A read-only root keeps its own
+/// answer: entering the directory fails by name.
+fn make_working_directory(dir: &Path) -> anyhow::Result<()> {
+    let spec = Spec::load(dir.join("config.json"))?;
+    let Some(process) = spec.process() else { return Ok(()) };
+    let root = Root::open(dir.join(ROOTFS))?;
+    if root.resolve(process.cwd()).is_err() {
+        // What is wrong with the path, entering it will say.
+        let _ = root.mkdir_all(process.cwd(), &fs::Permissions::from_mode(0o755));
+    }
+    Ok(())
+}
+
+/// A new network namespace's loopback interface is down. The calling process moves into the namespace.
+fn loopback_up(init: Pid) -> anyhow::Result<()> {
+    let namespace = fs::File::open(format!("/proc/{}/ns/net", init.as_raw_nonzero()))?;
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+    Ok(crate::sys::loopback_up()?)
+}
