@@ -10,11 +10,9 @@
 //! the guest's instructions are emulated. When the payload cannot be used so, the bzImage itself boots.
 //! Layout: the kernel's `Documentation/arch/x86/boot.rst`.
 
-use std::io;
-use std::path::Path;
-
 use crate::decompress::{DecompressError, Format};
 use crate::elf::Elf;
+use crate::kernel::{Kernel, MAX_KERNEL, release_at};
 
 const SETUP_SECTS: usize = 0x1f1;
 const BOOT_FLAG: usize = 0x1fe;
@@ -27,27 +25,15 @@ const PAYLOAD_LENGTH: usize = 0x24c;
 /// First boot protocol that says where the payload is.
 const PROTOCOL_WITH_PAYLOAD: u16 = 0x0208;
 
-/// `setup_sects` of 0 means this, for kernels of the last century's habit.
+/// What `setup_sects` of 0 stands for, since the oldest kernels.
 const DEFAULT_SETUP_SECTS: u8 = 4;
 
 const SECTOR: usize = 512;
 
-/// Longest release that `uname` can hold.
-const MAX_RELEASE: usize = 64;
-
-/// More than any kernel takes; keeps a file that is none from filling memory.
-const MAX_KERNEL: u64 = 512 << 20;
-
-/// The file is no usable kernel.
+/// The file is no usable bzImage.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BzImageError {
-    /// It cannot be read.
-    #[error("It cannot be read")]
-    Read(#[from] io::Error),
-    /// It is larger than a kernel can be.
-    #[error("It has {0} bytes; no kernel has more than {MAX_KERNEL}")]
-    TooLarge(u64),
     /// The marks of a bzImage are missing.
     #[error("It is no Linux kernel in bzImage format (a distribution calls that file vmlinuz)")]
     NotBzImage,
@@ -70,25 +56,8 @@ pub enum BzImageError {
     },
 }
 
-/// A kernel, ready to boot.
-#[derive(Debug)]
-pub struct Kernel {
-    /// As `uname -r` prints it.
-    pub release: String,
-    /// ELF with a PVH entry, or the bzImage.
-    pub image: Vec<u8>,
-}
-
-/// Reads the kernel in the file at `path`.
-pub fn load(path: &Path) -> Result<Kernel, BzImageError> {
-    let size = std::fs::metadata(path)?.len();
-    if size > MAX_KERNEL {
-        return Err(BzImageError::TooLarge(size));
-    }
-    parse(std::fs::read(path)?)
-}
-
-fn parse(file: Vec<u8>) -> Result<Kernel, BzImageError> {
+/// The kernel in `file`.
+pub fn parse(file: Vec<u8>) -> Result<Kernel, BzImageError> {
     let header = Header::parse(&file)?;
     let release = header.release()?;
     let image = match header.unpack_vmlinux()? {
@@ -115,12 +84,7 @@ impl<'a> Header<'a> {
     fn release(&self) -> Result<String, BzImageError> {
         let at = usize::from(self.u16_at(KERNEL_VERSION)?) + 0x200;
         let text = self.file.get(at..).ok_or(BzImageError::Outside("the release"))?;
-        let word = text.iter().take(MAX_RELEASE + 1).take_while(|byte| byte.is_ascii_graphic());
-        let release: String = word.map(|&byte| char::from(byte)).collect();
-        if release.is_empty() || release.len() > MAX_RELEASE {
-            return Err(BzImageError::NoRelease);
-        }
-        Ok(release)
+        release_at(text).ok_or(BzImageError::NoRelease)
     }
 
     /// The ELF kernel, if the payload is one that QEMU can enter directly.
@@ -176,6 +140,8 @@ mod tests {
 
     use super::*;
     use crate::decompress::testing::pack;
+    use crate::elf::testing::elf_with_note;
+    use crate::kernel::MAX_RELEASE;
 
     const RELEASE_AT: u16 = 0x300;
 
@@ -205,26 +171,6 @@ mod tests {
             payload.extend((image.len() as u32).to_le_bytes());
         }
         payload
-    }
-
-    /// A smallest ELF file: header, one PT_NOTE segment, one note.
-    fn elf_with_note(owner: &[u8; 4], kind: u32) -> Vec<u8> {
-        let mut elf = vec![0u8; 64 + 56];
-        elf[..7].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1]);
-        elf[16..20].copy_from_slice(&[2, 0, 62, 0]); // ET_EXEC, EM_X86_64
-        elf[20] = 1; // version
-        elf[32] = 64; // e_phoff
-        elf[52..58].copy_from_slice(&[64, 0, 56, 0, 1, 0]); // e_ehsize, e_phentsize, e_phnum
-        elf[64] = 4; // PT_NOTE
-        elf[72] = 120; // p_offset
-        elf[96] = 24; // p_filesz
-        elf[112] = 4; // p_align
-        for word in [4u32, 8, kind] {
-            elf.extend(word.to_le_bytes());
-        }
-        elf.extend(owner);
-        elf.extend([0; 8]);
-        elf
     }
 
     #[test]

@@ -57,3 +57,28 @@ impl<'a> Elf<'a> {
         Ok(self.0.section_by_name(name).map(|section| section.data()).transpose()?)
     }
 }
+
+#[cfg(test)]
+pub mod testing {
+    //! ELF files made by hand.
+
+    /// A smallest ELF file: header, one PT_NOTE segment, one note.
+    pub fn elf_with_note(owner: &[u8; 4], kind: u32) -> Vec<u8> {
+        let mut elf = vec![0u8; 64 + 56];
+        elf[..7].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1]);
+        elf[16..20].copy_from_slice(&[2, 0, 62, 0]); // ET_EXEC, EM_X86_64
+        elf[20] = 1; // version
+        elf[32] = 64; // e_phoff
+        elf[52..58].copy_from_slice(&[64, 0, 56, 0, 1, 0]); // e_ehsize, e_phentsize, e_phnum
+        elf[64] = 4; // PT_NOTE
+        elf[72] = 120; // p_offset
+        elf[96] = 24; // p_filesz
+        elf[112] = 4; // p_align
+        for word in [4u32, 8, kind] {
+            elf.extend(word.to_le_bytes());
+        }
+        elf.extend(owner);
+        elf.extend([0; 8]);
+        elf
+    }
+}

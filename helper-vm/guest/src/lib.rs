@@ -2,7 +2,7 @@
 //! just the modules it needs. The files and their manifest are described in [`vmctr_proto::manifest`].
 //!
 //! ```text
-//!   kernel package ──source──┬─ vmlinuz ──bzimage──> vmlinux ───────────────┐
+//!   kernel package ──source──┬─ vmlinuz ──kernel──> vmlinux ────────────────┐
 //!                            └─ modules dir ──modules──> load order ─┐      ├─assets──> DIR + manifest.json
 //!   agent ─────────────────────────────────────────────initramfs──cpio──────┘
 //! ```
@@ -16,6 +16,7 @@ mod cpio;
 mod decompress;
 mod elf;
 mod initramfs;
+mod kernel;
 mod modules;
 mod signature;
 mod source;
@@ -30,6 +31,7 @@ pub use bzimage::BzImageError;
 pub use cpio::CpioError;
 pub use decompress::DecompressError;
 pub use elf::ElfError;
+pub use kernel::KernelError;
 pub use modules::ModuleError;
 pub use source::{KernelSource, SourceError};
 
@@ -58,7 +60,7 @@ pub enum BuildError {
         path: PathBuf,
         /// Why.
         #[source]
-        source: BzImageError,
+        source: KernelError,
     },
     /// The modules are not usable.
     #[error("The modules of kernel {release} are not usable")]
@@ -99,7 +101,7 @@ pub enum BuildError {
 /// cannot be written. An earlier build is then still whole, unless writing itself failed.
 pub fn build(request: &BuildRequest) -> Result<GuestManifest, BuildError> {
     let located = request.kernel.locate()?;
-    let kernel = bzimage::load(located.vmlinuz())
+    let kernel = kernel::load(located.vmlinuz())
         .map_err(|source| BuildError::Kernel { path: located.vmlinuz().to_owned(), source })?;
     let modules = modules::collect(located.modules(), &kernel.release)
         .map_err(|source| BuildError::Modules { release: kernel.release.clone(), source })?;

@@ -14,7 +14,7 @@ pub enum KernelSource {
     Deb(PathBuf),
     /// Files of the user's choice.
     Files {
-        /// bzImage.
+        /// bzImage, or ELF with a PVH entry.
         vmlinuz: PathBuf,
         /// Directory that holds `modules.builtin` and `kernel/`, as `/lib/modules/RELEASE`.
         modules: PathBuf,

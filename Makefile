@@ -1,0 +1,49 @@
+# vmctr: what can be made. The work is done by cargo and by scripts/.
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+
+# Where rustup puts cargo, for machines that have it from there.
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+
+bin := $(DESTDIR)$(PREFIX)/bin
+libexec := $(DESTDIR)$(PREFIX)/libexec/vmctr
+guest := $(DESTDIR)$(PREFIX)/share/vmctr/guest
+
+bin_programs := vmctr containerd-shim-vmctr-v2
+libexec_programs := vmctr-fsd vmctr-jail
+guest_files := vmlinux initramfs.cpio manifest.json
+
+.PHONY: help build demo test bench install uninstall clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+build: ## Build the programs (target/release) and what VMs boot (target/guest)
+	scripts/build
+
+demo: ## Install what is missing, build, run a Debian container behind its own kernel (as root)
+	scripts/setup
+	scripts/build
+	scripts/demo
+
+test: ## Install what is missing, then check everything (as root)
+	scripts/test
+
+bench: ## Measure start, stop, throughput and memory, runc beside it (as root)
+	scripts/setup
+	scripts/build
+	scripts/bench
+
+install: ## Install what `make build` made to $(DESTDIR)$(PREFIX)
+	install -d $(bin) $(libexec) $(guest)
+	install -m 755 $(addprefix target/release/,$(bin_programs)) $(bin)
+	install -m 755 $(addprefix target/release/,$(libexec_programs)) $(libexec)
+	install -m 644 $(addprefix target/guest/,$(guest_files)) $(guest)
+
+uninstall: ## Remove what `make install` installed
+	rm -f $(addprefix $(bin)/,$(bin_programs))
+	rm -rf $(libexec) $(DESTDIR)$(PREFIX)/share/vmctr
+
+clean: ## Remove what was built; downloads stay in the cache
+	cargo clean
