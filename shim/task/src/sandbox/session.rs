@@ -1,0 +1,351 @@
+//! One VM in use by one container: the share daemon, QEMU, the agent, and the files that belong to them.
+//!
+//! ```text
+//!   start   run directory -> work folder -> share daemon -> VM -> MountShare -> event stream
+//!   stop    the same backwards; a start that fails half-way does so too
+//! ```
+//!
+//! Invariant: when either the VM or the share daemon ends, the other is ended too (the `EndSignal`), and
+//! `stop` leaves no process and no file.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use tokio::io::AsyncWriteExt;
+use tokio::sync::mpsc;
+use tokio::task::{AbortHandle, spawn_blocking};
+use tokio::time::timeout;
+use tracing::{Instrument, info};
+use vmctr_fileshare::share::ShareSpec;
+use vmctr_proto::agent::{MountShareRequest, Stdio};
+use vmctr_proto::{guest_paths::SHARE_TAG, ports};
+use vmctr_vmm::accel::{self, AccelError};
+use vmctr_vmm::assets::{AssetError, GuestAssets};
+use vmctr_vmm::config::Config;
+use vmctr_vmm::qemu::{Qemu, QemuError};
+use vmctr_vmm::run_dir::{Owner, Role, RunDir, RunDirError};
+use vmctr_vmm::spec::VmSpec;
+use vmctr_vmm::vm::{Vm, VmError, VmStart, VmState};
+use vmctr_vmm::vsock::VsockHost;
+
+use super::agent::{AgentLink, CallError, EndSignal};
+use super::guest_events::{self, GuestEvent};
+use super::share_daemon::{ShareDaemon, ShareError};
+use super::work_dir::{WorkDir, WorkDirError};
+use crate::stdio::Streams;
+
+const MOUNT_LIMIT: Duration = Duration::from_secs(30);
+const DIAL_LIMIT: Duration = Duration::from_secs(10);
+
+/// What a session is made of.
+#[derive(Debug)]
+pub struct SessionPlan {
+    /// Whose it is.
+    pub owner: Owner,
+    /// The machine.
+    pub vm: VmSpec,
+    /// What it shares.
+    pub share: ShareSpec,
+    /// Work folder to make for the share's upper, when nobody else has.
+    pub work_dir: Option<PathBuf>,
+}
+
+/// The session did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// Its run directory cannot be used.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// Its work folder cannot be used.
+    #[error(transparent)]
+    WorkDir(#[from] WorkDirError),
+    /// The guest's kernel or initramfs cannot be used.
+    #[error(transparent)]
+    Assets(#[from] AssetError),
+    /// QEMU cannot be used.
+    #[error(transparent)]
+    Qemu(#[from] QemuError),
+    /// No accelerator can be chosen.
+    #[error(transparent)]
+    Accel(#[from] AccelError),
+    /// The host's folders cannot be shared.
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    /// The VM does not start.
+    #[error("Cannot start the VM")]
+    Vm(#[from] VmError),
+    /// The guest does not see the share.
+    #[error(transparent)]
+    Agent(#[from] CallError),
+    /// A thread of ours is gone.
+    #[error("Cannot look for QEMU and the guest's files")]
+    Blocking(#[source] io::Error),
+}
+
+/// How long a part of the start took.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// "share", "spawn", "boot", ...
+    pub name: &'static str,
+    /// Its duration.
+    pub duration: Duration,
+}
+
+/// A VM in use.
+#[derive(Debug)]
+pub struct Session {
+    vm: Vm,
+    share: ShareDaemon,
+    share_spec: ShareSpec,
+    run_dir: RunDir,
+    /// Held for its lock; removed with the session.
+    work_dir: Option<WorkDir>,
+    link: AgentLink,
+    end: EndSignal,
+    qemu: Qemu,
+    guest_kernel: String,
+    steps: Vec<Step>,
+    last_stream: u64,
+    watch: AbortHandle,
+}
+
+impl Session {
+    /// Starts everything. On an error nothing is left.
+    pub async fn start(
+        config: &Config,
+        plan: SessionPlan,
+    ) -> Result<(Self, mpsc::Receiver<GuestEvent>), SessionError> {
+        let container_id = plan.owner.container_id.clone();
+        let run_dir = RunDir::create(&config.run_dir, plan.owner.clone())?;
+        let guard = RemoveOnDrop(Some(run_dir.clone()));
+        let session = Self::start_in(config, plan, run_dir).await?;
+        guard.disarm();
+        let events = guest_events::spawn(session.vm.agent(), container_id, session.end.clone());
+        Ok((session, events))
+    }
+
+    async fn start_in(config: &Config, plan: SessionPlan, run_dir: RunDir) -> Result<Self, SessionError> {
+        let mut steps = Steps::begin();
+        let work_dir = plan.work_dir.as_deref().map(WorkDir::create).transpose()?;
+        let (assets, qemu) = find(config).await?;
+        let resolution = accel::resolve(config, &assets, &qemu).await?;
+        info!(accelerator = %resolution.accelerator, reason = resolution.reason, "Accelerator chosen");
+        steps.end("prepare");
+
+        let level = config.log.level.as_str();
+        let share = ShareDaemon::start(plan.share.clone(), run_dir.path(), level).await?;
+        run_dir.record(Role::Fsd, share.pid())?;
+        steps.end("share");
+
+        let guest_kernel = assets.manifest().kernel_release.clone();
+        let start = VmStart {
+            spec: plan.vm,
+            assets,
+            qemu: qemu.clone(),
+            accelerator: resolution.accelerator,
+            run_dir: run_dir.clone(),
+            jail: config.jail.clone(),
+            share: Some(share.socket()?),
+            boot_timeout: config.vm.boot_timeout_seconds.duration(),
+        };
+        let vm = tokio::select! {
+            vm = Vm::start(start) => vm?,
+            reason = share.ended() => return Err(CallError::Ended(reason).into()),
+        };
+        steps.add(
+            vm.phases().iter().map(|phase| Step { name: phase.phase.as_str(), duration: phase.duration }),
+        );
+
+        let end = EndSignal::new();
+        let link = AgentLink::new(vm.agent(), end.clone());
+        let watch = watch(vm.clone(), share.clone(), end.clone());
+        let mut session = Self {
+            vm,
+            share,
+            share_spec: plan.share,
+            run_dir,
+            work_dir,
+            link,
+            end,
+            qemu,
+            guest_kernel,
+            steps: vec![],
+            last_stream: 0,
+            watch,
+        };
+        if let Err(error) = session.mount_share().await {
+            session.stop().await;
+            return Err(error.into());
+        }
+        steps.end("mount");
+        session.steps = steps.done;
+        Ok(session)
+    }
+
+    async fn mount_share(&self) -> Result<(), CallError> {
+        let request = MountShareRequest { tag: SHARE_TAG.to_owned() };
+        self.link
+            .call("mount the share", MOUNT_LIMIT, |mut agent| async move { agent.mount_share(request).await })
+            .await
+            .map(drop)
+    }
+
+    /// Calls to the agent.
+    pub fn agent(&self) -> &AgentLink {
+        &self.link
+    }
+
+    /// Returns with the reason when the VM, the share daemon or the agent has ended.
+    pub async fn ended(&self) -> String {
+        self.end.wait().await
+    }
+
+    /// Dials the streams that a process needs: stdin, stdout, stderr.
+    pub async fn open_streams(&mut self, wanted: [bool; 3], terminal: bool) -> io::Result<(Stdio, Streams)> {
+        let mut stdio = Stdio { terminal, ..Stdio::default() };
+        let mut streams = Streams::default();
+        let slots = [
+            (&mut stdio.stdin, &mut streams.stdin),
+            (&mut stdio.stdout, &mut streams.stdout),
+            (&mut stdio.stderr, &mut streams.stderr),
+        ];
+        for ((number, stream), wanted) in slots.into_iter().zip(wanted) {
+            if wanted {
+                self.last_stream += 1;
+                *number = self.last_stream;
+                let dialled = timeout(DIAL_LIMIT, dial(self.vm.vsock(), self.last_stream)).await;
+                *stream = Some(dialled.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??);
+            }
+        }
+        Ok((stdio, streams))
+    }
+
+    /// QEMU's process ID.
+    pub fn pid(&self) -> u32 {
+        self.vm.qemu_pid()
+    }
+
+    /// The share daemon's process ID.
+    pub fn share_pid(&self) -> u32 {
+        self.share.pid()
+    }
+
+    /// The VM.
+    pub fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
+    /// What is shared.
+    pub fn share_spec(&self) -> &ShareSpec {
+        &self.share_spec
+    }
+
+    /// Where its files are.
+    pub fn run_dir(&self) -> &RunDir {
+        &self.run_dir
+    }
+
+    /// The program that runs the VM.
+    pub fn qemu(&self) -> &Qemu {
+        &self.qemu
+    }
+
+    /// Release of the guest's kernel.
+    pub fn guest_kernel(&self) -> &str {
+        &self.guest_kernel
+    }
+
+    /// The parts of the start, in order.
+    pub fn steps(&self) -> &[Step] {
+        &self.steps
+    }
+
+    /// Ends the VM and the share daemon and removes their files. What fails is logged: there is nobody left
+    /// who could do better.
+    pub async fn stop(self) {
+        self.watch.abort();
+        self.end.set("The container was deleted".to_owned());
+        if let Err(error) = self.vm.stop().await {
+            tracing::error!("Cannot stop the VM: {}", crate::error::chain(&error));
+        }
+        let Self { share, run_dir, work_dir, .. } = self;
+        let stopped = spawn_blocking(move || {
+            if let Err(error) = share.stop() {
+                tracing::error!("Cannot stop the share daemon: {error}");
+            }
+            drop(work_dir);
+            run_dir.remove()
+        });
+        if let Ok(Err(error)) = stopped.await {
+            tracing::error!("{}", crate::error::chain(&error));
+        }
+    }
+}
+
+/// Turns the end of the VM or of the share daemon into the session's.
+fn watch(vm: Vm, share: ShareDaemon, end: EndSignal) -> AbortHandle {
+    let watch = async move {
+        end.set(tokio::select! {
+            state = vm.ended() => match state {
+                VmState::Failed(reason) => reason,
+                other => format!("The VM is {other}"),
+            },
+            reason = share.ended() => reason,
+        });
+    };
+    tokio::spawn(watch.in_current_span()).abort_handle()
+}
+
+async fn find(config: &Config) -> Result<(GuestAssets, Qemu), SessionError> {
+    let config = config.clone();
+    let found = spawn_blocking(move || Ok((GuestAssets::find(&config)?, Qemu::find(&config)?)));
+    found.await.map_err(|error| SessionError::Blocking(error.into()))?
+}
+
+async fn dial(vsock: &VsockHost, number: u64) -> io::Result<std::os::unix::net::UnixStream> {
+    let mut stream = vsock.connect(ports::STDIO).await.map_err(io::Error::other)?;
+    stream.write_all(&number.to_le_bytes()).await?;
+    stream.into_std()
+}
+
+/// Removes the run directory of a start that failed.
+struct RemoveOnDrop(Option<RunDir>);
+
+impl RemoveOnDrop {
+    fn disarm(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for RemoveOnDrop {
+    fn drop(&mut self) {
+        if let Some(run_dir) = &self.0
+            && let Err(error) = run_dir.remove()
+        {
+            tracing::error!("{}", crate::error::chain(&error));
+        }
+    }
+}
+
+/// Cuts the start's time into steps.
+struct Steps {
+    done: Vec<Step>,
+    since: Instant,
+}
+
+impl Steps {
+    fn begin() -> Self {
+        Self { done: vec![], since: Instant::now() }
+    }
+
+    fn end(&mut self, name: &'static str) {
+        self.done.push(Step { name, duration: self.since.elapsed() });
+        self.since = Instant::now();
+    }
+
+    fn add(&mut self, steps: impl Iterator<Item = Step>) {
+        self.done.extend(steps);
+        self.since = Instant::now();
+    }
+}

@@ -1,0 +1,126 @@
+//! The share daemon as the session sees it: started off the async threads, its log passed on line by line,
+//! its end a future.
+
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::ChildStderr;
+use std::sync::Arc;
+use std::thread;
+
+use tokio::io::unix::AsyncFd;
+use tokio::task::spawn_blocking;
+use tracing::{Span, debug, error, info, trace, warn};
+use vmctr_fileshare::share::{Fsd, ShareSpec, SpawnError, spawn};
+use vmctr_vmm::binaries::{self, BinaryError};
+
+use crate::sys;
+
+const BINARY: &str = "vmctr-fsd";
+
+/// A log line is cut here: the daemon works on what a hostile guest sends.
+const LINE_LIMIT: u64 = 2048;
+
+/// The daemon cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ShareError {
+    /// It is not installed.
+    #[error(transparent)]
+    Binary(#[from] BinaryError),
+    /// It does not start, or it cannot share what it should.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    /// The system gives no descriptor or thread.
+    #[error("Cannot watch the share daemon")]
+    Watch(#[source] io::Error),
+}
+
+/// A running daemon; clones are the same. The last one's drop kills it.
+#[derive(Clone, Debug)]
+pub struct ShareDaemon(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    fsd: Fsd,
+    pidfd: AsyncFd<OwnedFd>,
+}
+
+impl ShareDaemon {
+    /// Starts it for `spec`; its socket lives in `dir` for a moment.
+    pub async fn start(spec: ShareSpec, dir: &Path, log_level: &'static str) -> Result<Self, ShareError> {
+        let dir = dir.to_owned();
+        let started = spawn_blocking(move || {
+            let binary = binaries::find(BINARY)?;
+            Ok::<_, ShareError>(spawn(&binary, &spec, &dir, log_level)?)
+        });
+        let mut fsd = started.await.map_err(|error| ShareError::Watch(error.into()))??;
+        let pidfd = fsd.pidfd().try_clone_to_owned().map_err(ShareError::Watch)?;
+        let pidfd = sys::watch_readable(pidfd).map_err(ShareError::Watch)?;
+        if let Some(stderr) = fsd.stderr.take() {
+            forward_log(stderr).map_err(ShareError::Watch)?;
+        }
+        Ok(Self(Arc::new(Inner { fsd, pidfd })))
+    }
+
+    /// The connection that QEMU is to use.
+    pub fn socket(&self) -> Result<OwnedFd, ShareError> {
+        self.0.fsd.socket.try_clone().map_err(ShareError::Watch)
+    }
+
+    /// Its process ID.
+    pub fn pid(&self) -> u32 {
+        self.0.fsd.pid()
+    }
+
+    /// Returns with the reason when the daemon has ended.
+    pub async fn ended(&self) -> String {
+        match self.0.pidfd.readable().await {
+            Ok(_) => format!("The share daemon ended ({})", self.0.fsd.wait()),
+            Err(error) => format!("The share daemon cannot be watched: {error}"),
+        }
+    }
+
+    /// Kills it and waits for its end. Blocks for a moment.
+    pub fn stop(&self) -> io::Result<()> {
+        self.0.fsd.kill()?;
+        let exit = self.0.fsd.wait();
+        debug!("The share daemon ended ({exit})");
+        Ok(())
+    }
+}
+
+fn forward_log(stderr: ChildStderr) -> io::Result<()> {
+    let span = Span::current();
+    let forward = move || {
+        let _in_span = span.enter();
+        // The end of the stream is the end of the daemon, which is watched elsewhere.
+        let _ = log_lines(BufReader::new(stderr));
+    };
+    thread::Builder::new().name("fsd-log".to_owned()).spawn(forward).map(drop)
+}
+
+fn log_lines(mut from: impl BufRead) -> io::Result<()> {
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        if (&mut from).take(LINE_LIMIT).read_until(b'\n', &mut line)? == 0 {
+            return Ok(());
+        }
+        log_line(String::from_utf8_lossy(&line).trim());
+    }
+}
+
+/// The daemon writes the level first.
+fn log_line(line: &str) {
+    let (level, text) = line.split_once(' ').unwrap_or(("", line));
+    let text = text.trim_start();
+    match level {
+        "ERROR" => error!(target: "fsd", "{text}"),
+        "WARN" => warn!(target: "fsd", "{text}"),
+        "INFO" => info!(target: "fsd", "{text}"),
+        "DEBUG" => debug!(target: "fsd", "{text}"),
+        "TRACE" => trace!(target: "fsd", "{text}"),
+        _ if line.is_empty() => {}
+        _ => warn!(target: "fsd", "{line}"),
+    }
+}
