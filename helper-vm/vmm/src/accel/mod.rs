@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::assets::GuestAssets;
 use crate::config::Config;
 use crate::qemu::Qemu;
+use crate::vm::VmError;
 
 /// How long the probe's guest may take until its agent answers.
 pub const PROBE_LIMIT: Duration = Duration::from_secs(10);
@@ -92,6 +93,9 @@ pub enum AccelError {
         #[source]
         source: io::Error,
     },
+    /// The probe could not even start QEMU, which says nothing about KVM.
+    #[error("Cannot try KVM")]
+    Probe(#[source] VmError),
     /// The probe's thread died.
     #[error("Waiting for another start's accelerator probe failed")]
     Wait(#[source] tokio::task::JoinError),
@@ -101,7 +105,8 @@ pub enum AccelError {
 /// the host; a start that comes meanwhile waits for the same probe.
 ///
 /// # Errors
-/// The run directory cannot be written. A failed probe is no error: it answers TCG.
+/// The run directory cannot be written, or QEMU cannot be started. A guest that does not boot under KVM is no
+/// error: the answer is TCG then.
 pub async fn resolve(config: &Config, assets: &GuestAssets, qemu: &Qemu) -> Result<Resolution, AccelError> {
     match config.vm.accelerator {
         AcceleratorChoice::Kvm => Ok(chosen(Accelerator::Kvm)),
@@ -138,7 +143,7 @@ async fn cached_or_probed(
     if let Some(answer) = cache.read() {
         return Ok(answer);
     }
-    let answer = probe::probe(config, assets, qemu).await;
+    let answer = probe::probe(config, assets, qemu).await.map_err(AccelError::Probe)?;
     cache.write(&answer)?;
     Ok(answer)
 }

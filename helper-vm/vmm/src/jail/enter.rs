@@ -67,15 +67,12 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
 /// The step that failed; the process is then half confined and must exit.
 pub fn enter(spec: &JailSpec) -> Result<Infallible, JailError> {
     sys::place_fds(&spec.fds, FIRST_FD).step("put file descriptors in place")?;
-    let system = system_entries()?;
-    let sources = open_binds(&system.binds, &spec.binds)?;
     let namespaces = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWNET
         | CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWUTS;
     unshare(namespaces).step("make namespaces: run as root")?;
-    build_root(&system.links, &sources)?;
-    drop(sources);
+    build_root(&spec.binds)?;
     enter_root()?;
     set_limits(spec.limits)?;
     become_nobody(spec)?;
@@ -118,10 +115,6 @@ struct Source {
     target: PathBuf,
 }
 
-fn open_binds(system: &[Bind], own: &[Bind]) -> Result<Vec<Source>, JailError> {
-    system.iter().chain(own).map(open_bind).collect()
-}
-
 fn open_bind(bind: &Bind) -> Result<Source, JailError> {
     let open = || {
         let file = File::options().read(true).custom_flags(libc::O_PATH).open(&bind.source)?;
@@ -131,15 +124,18 @@ fn open_bind(bind: &Bind) -> Result<Source, JailError> {
     open().step(format!("open {}", bind.source.display()))
 }
 
-fn build_root(links: &[(PathBuf, PathBuf)], sources: &[Source]) -> Result<(), JailError> {
+fn build_root(own: &[Bind]) -> Result<(), JailError> {
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).step("make mounts private")?;
+    // Only now: the kernel binds nothing that was opened in another mount namespace.
+    let SystemEntries { binds, links } = system_entries()?;
+    let sources = binds.iter().chain(own).map(open_bind).collect::<Result<Vec<_>, _>>()?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("tmpfs"), ROOT, Some("tmpfs"), flags, Some("mode=755,size=64k")).step("mount the new root")?;
-    for (path, target) in links {
+    for (path, target) in &links {
         symlink(target, in_root(path)).step(format!("make {}", path.display()))?;
     }
-    for source in sources {
+    for source in &sources {
         bind(source).step(format!("bind {}", source.target.display()))?;
     }
     sys::make_read_only(c"/tmp").step("make the new root read-only")

@@ -4,18 +4,18 @@ use std::future::Future;
 use std::io;
 use std::time::{Duration, Instant};
 
+use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::timeout_at;
 use vmctr_proto::agent::HelloReply;
-use vmctr_proto::ports;
 
 use super::driver::Running;
 use super::launch::{Launched, launch};
 use super::process::QemuProcess;
 use super::{Agent, Phase, PhaseTime, Started, VmError, VmStart, VmState, agent};
 use crate::qmp::Qmp;
-use crate::run_dir::Role;
-use crate::vsock::{UnixServer, VsockHost};
+use crate::run_dir::{Role, RunDir};
+use crate::vsock::{Listener, UnixServer, VsockHost};
 
 /// Takes a VM from `Spec` to `Running`. On an error QEMU is killed and reaped.
 pub(super) async fn boot(
@@ -24,9 +24,9 @@ pub(super) async fn boot(
 ) -> Result<(Running, Started), VmError> {
     move_to(state, VmState::Starting)?;
     let mut clock = Clock::new(start.boot_timeout);
-    let Launched { mut qemu, pid, qmp, vsock } = launch(&mut start).await?;
-    let stages = Stages { state, qemu: &mut qemu, clock: &mut clock };
-    match stages.run(&start, pid, qmp, &vsock).await {
+    let Launched { mut qemu, pid, vsock, qmp, ready } = launch(&mut start).await?;
+    let stages = Stages { state, qemu: &mut qemu, clock: &mut clock, vsock: &vsock };
+    match stages.run(&start.run_dir, pid, qmp, ready).await {
         Ok(Booted { qmp, vsock_socket, agent, hello }) => {
             let VmStart { spec, accelerator, .. } = start;
             let phases = clock.times;
@@ -80,31 +80,31 @@ struct Stages<'a> {
     state: &'a watch::Sender<VmState>,
     qemu: &'a mut QemuProcess,
     clock: &'a mut Clock,
+    vsock: &'a VsockHost,
 }
 
 impl Stages<'_> {
     async fn run(
         mut self,
-        start: &VmStart,
+        run_dir: &RunDir,
         pid: u32,
-        qmp: tokio::net::UnixStream,
-        vsock: &VsockHost,
+        qmp: UnixStream,
+        mut ready: Listener,
     ) -> Result<Booted, VmError> {
-        start.run_dir.record(Role::Qemu, pid)?;
-        let mut ready = vsock.listen(ports::READY).map_err(vsock_error)?;
-
+        run_dir.record(Role::Qemu, pid)?;
         let qmp = self.during(Phase::Spawn, async { Ok(Qmp::connect(qmp).await?) }).await?;
         let accepted = async { ready.accept().await.map_err(vsock_error) };
         self.during(Phase::Boot, accepted).await?;
         move_to(self.state, VmState::Ready)?;
 
+        let vsock = self.vsock.clone();
         let greeted = async {
-            let mut agent = agent::connect(vsock.clone()).await?;
+            let mut agent = agent::connect(vsock).await?;
             let hello = agent::hello(&mut agent).await?;
             Ok((agent, hello))
         };
         let (agent, hello) = self.during(Phase::Hello, greeted).await?;
-        let vsock_socket = vsock.serve_unix(&start.run_dir.vsock_socket()).map_err(vsock_error)?;
+        let vsock_socket = self.vsock.serve_unix(&run_dir.vsock_socket()).map_err(vsock_error)?;
         move_to(self.state, VmState::Running)?;
         Ok(Booted { qmp, vsock_socket, agent, hello })
     }

@@ -103,6 +103,14 @@ pub enum VmError {
     DriverGone,
 }
 
+impl VmError {
+    /// Whether QEMU was never started, so that the error says nothing about it or its guest.
+    #[must_use]
+    pub(crate) fn is_the_hosts(&self) -> bool {
+        matches!(self, Self::Binary(_) | Self::Host { .. } | Self::RunDir(_) | Self::Jail(_))
+    }
+}
+
 /// How QEMU ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct End {

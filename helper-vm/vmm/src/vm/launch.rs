@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use tokio::process::Command;
-use vmctr_proto::GuestCid;
+use vmctr_proto::{GuestCid, ports};
 
 use super::process::QemuProcess;
 use super::{VmError, VmStart};
@@ -17,7 +17,7 @@ use crate::jail::{FIRST_FD, JailSpec};
 use crate::qemu::command::{QemuFds, arguments};
 use crate::run_dir::RunDir;
 use crate::spawn::spawn;
-use crate::vsock::VsockHost;
+use crate::vsock::{Listener, VsockHost};
 
 const JAIL: &str = "vmctr-jail";
 
@@ -27,6 +27,8 @@ pub(super) struct Launched {
     pub pid: u32,
     pub qmp: tokio::net::UnixStream,
     pub vsock: VsockHost,
+    /// Takes the agent's one connect; in place before the guest can make it.
+    pub ready: Listener,
 }
 
 /// QEMU's ends of its connections. Their order is the order of their numbers in QEMU.
@@ -40,6 +42,7 @@ pub(super) async fn launch(start: &mut VmStart) -> Result<Launched, VmError> {
     let (qmp, qemu_qmp) = socketpair()?;
     let (console, qemu_console) = socketpair()?;
     let (vsock, qemu_vsock) = serve_vsock(&start.run_dir)?;
+    let ready = vsock.listen(ports::READY).map_err(io::Error::other).map_err(host("listen for the guest"))?;
     let kvm = match start.accelerator {
         Accelerator::Kvm => Some(open_kvm()?),
         Accelerator::Tcg => None,
@@ -55,7 +58,7 @@ pub(super) async fn launch(start: &mut VmStart) -> Result<Launched, VmError> {
         child.stderr.take().ok_or_else(|| host("read QEMU's stderr")(io::Error::other("no pipe")))?;
     let console = Console::forward(tokio_stream(console)?, Speaker::Guest);
     let stderr = Console::forward(stderr, Speaker::Qemu);
-    Ok(Launched { qemu: QemuProcess { child, console, stderr }, pid, qmp: tokio_stream(qmp)?, vsock })
+    Ok(Launched { qemu: QemuProcess { child, console, stderr }, pid, qmp: tokio_stream(qmp)?, vsock, ready })
 }
 
 impl QemuEnds {
