@@ -1,9 +1,9 @@
-//! containerd's task API for what `ctr` has no verb for.
+//! containerd's task API for what `ctr` has no verb for or does not print.
 
 use std::future::Future;
 
 use containerd_client::Client;
-use containerd_client::services::v1::UpdateTaskRequest;
+use containerd_client::services::v1::{DeleteTaskRequest, UpdateTaskRequest};
 use containerd_client::tonic::{Request, Status, metadata::MetadataValue};
 use prost_types::Any;
 use serde_json::Value;
@@ -23,6 +23,16 @@ pub fn update(rig: &Rig, id: &str, resources: &Value) -> Result<(), Status> {
     block_on(async {
         let client = Client::from_path(rig.daemon().address()).await.expect("containerd answers");
         client.tasks().update(in_namespace(request)).await.map(|_| ())
+    })
+}
+
+/// Deletes a stopped task; returns its exit code and the end's time, in seconds since the Unix epoch.
+pub fn delete(rig: &Rig, id: &str) -> Result<(u32, i64), Status> {
+    let request = DeleteTaskRequest { container_id: id.to_owned() };
+    block_on(async {
+        let client = Client::from_path(rig.daemon().address()).await.expect("containerd answers");
+        let reply = client.tasks().delete(in_namespace(request)).await?.into_inner();
+        Ok((reply.exit_status, reply.exited_at.map_or(0, |time| time.seconds)))
     })
 }
 

@@ -3,7 +3,7 @@
 
 use std::ffi::OsStr;
 use std::fmt;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::thread::{self, JoinHandle};
@@ -41,17 +41,6 @@ pub struct Running {
 /// Runs a command to its end with nothing on stdin.
 pub fn run(command: &mut Command) -> Output {
     Running::start(command.stdin(Stdio::null())).finish()
-}
-
-/// Runs a command to its end with these bytes on stdin.
-pub fn run_with_input(command: &mut Command, input: Vec<u8>) -> Output {
-    let mut running = Running::start(command.stdin(Stdio::piped()));
-    let mut stdin = running.stdin();
-    // A command that ends without reading closes the pipe: what it then printed is what the test looks at.
-    let feeder = thread::spawn(move || drop(stdin.write_all(&input)));
-    let output = running.finish();
-    feeder.join().expect("the feeder does not panic");
-    output
 }
 
 impl Running {
@@ -253,11 +242,6 @@ mod tests {
     #[test]
     fn a_signal_is_128_and_its_number() {
         run(&mut sh("kill -9 $$")).exits(137);
-    }
-
-    #[test]
-    fn input_reaches_the_command() {
-        run_with_input(&mut sh("cat"), b"hello".to_vec()).ok().prints("hello");
     }
 
     #[test]

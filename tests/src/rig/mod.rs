@@ -21,6 +21,7 @@ pub mod prerequisites;
 pub mod proc;
 pub mod scope;
 pub mod slots;
+pub mod stream;
 pub mod terminal;
 
 use std::cell::RefCell;
