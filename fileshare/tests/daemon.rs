@@ -12,8 +12,10 @@ use vmctr_fileshare::share::{Exit, Fsd, ShareSpec, SpawnError, Top, Volume, spaw
 const BINARY: &str = env!("CARGO_BIN_EXE_vmctr-fsd");
 
 /// CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SYS_ADMIN, MKNOD, SETFCAP.
-const SERVER_CAPABILITIES: u64 =
-    1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 27 | 1 << 31;
+const SERVER_CAPABILITIES: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 27 | 1 << 31;
+
+/// Set for the process that plays a caller.
+const CALLER: &str = "VMCTR_TEST_CALLER";
 
 struct Rig {
     dir: TempDir,
@@ -185,8 +187,7 @@ fn the_daemon_ends_when_the_connection_does() {
     let rig = Rig::new();
     let mut fsd = rig.start(&rig.spec()).unwrap();
     let server = server_of(&fsd);
-    let (null, _) = std::os::unix::net::UnixStream::pair().unwrap();
-    drop(std::mem::replace(&mut fsd.socket, null.into()));
+    drop(fsd.socket.take());
     assert_eq!(fsd.wait(), Exit::Code(0));
     within_seconds("the end of the server", || is_gone(server));
     let log: Vec<_> = BufReader::new(fsd.stderr.take().unwrap()).lines().map(Result::unwrap).collect();
@@ -210,6 +211,39 @@ fn the_daemon_outlives_the_thread_that_asked_for_it() {
     assert!(!is_gone(server_of(&fsd)));
 }
 
+/// Not a test of its own: the process that [`the_daemon_dies_with_its_caller`] kills.
+#[test]
+fn caller_to_be_killed() {
+    if std::env::var_os(CALLER).is_some() {
+        let rig = Rig::new();
+        let fsd = rig.start(&rig.spec()).unwrap();
+        println!("started {} {} {}", fsd.pid(), server_of(&fsd), rig.dir.path().display());
+        std::thread::sleep(Duration::from_secs(60));
+    }
+}
+
+#[test]
+fn the_daemon_dies_with_its_caller() {
+    let mut caller = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "caller_to_be_killed", "--nocapture"])
+        .env(CALLER, "1")
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(caller.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let started = lines.find_map(|line| Some(line.split_once("started ")?.1.to_owned())).unwrap();
+    caller.kill().unwrap();
+    caller.wait().unwrap();
+    let mut words = started.split(' ');
+    for _ in 0..2 {
+        let pid = words.next().unwrap().parse().unwrap();
+        within_seconds("the end of the daemon", || {
+            is_gone(pid) || status_field(pid, "State").starts_with('Z')
+        });
+    }
+    fs::remove_dir_all(words.next().unwrap()).unwrap();
+}
+
 #[test]
 fn no_file_is_left_beside_the_daemon() {
     let rig = Rig::new();
@@ -231,7 +265,9 @@ fn what_cannot_be_shared_is_named() {
         "cannot share files with the VM: cannot open lower layer /no/such/layer: No such file or directory (os error 2)"
     );
     let device = refusal(&|spec| spec.volumes[0].source = "/dev/zero".into());
-    assert!(device.ends_with("volume /dev/zero is a device; only a folder or a regular file can be shared here"));
+    assert!(
+        device.ends_with("volume /dev/zero is a device; only a folder or a regular file can be shared here")
+    );
     let relative = refusal(&|spec| spec.lowers.push("layer".into()));
     assert_eq!(relative, "layer is not an absolute path");
     let nested = refusal(&|spec| {

@@ -16,7 +16,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags,
 };
 
 use super::ShareSpec;
@@ -74,9 +75,8 @@ pub(super) fn send_order(
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     ancillary.push(SendAncillaryMessage::ScmRights(&fds));
-    let sent =
-        rustix::net::sendmsg(&*socket, &[IoSlice::new(&length)], &mut ancillary, SendFlags::NOSIGNAL)
-            .map_err(io::Error::from)?;
+    let sent = rustix::net::sendmsg(&*socket, &[IoSlice::new(&length)], &mut ancillary, SendFlags::NOSIGNAL)
+        .map_err(io::Error::from)?;
     socket.write_all(&length[sent..])?;
     Ok(socket.write_all(&json)?)
 }
@@ -112,16 +112,12 @@ pub(super) fn receive_order(socket: &mut UnixStream) -> Result<(ShareSpec, UnixL
 fn receive_with_fd(socket: &UnixStream, buffer: &mut [u8]) -> Result<(usize, Option<OwnedFd>), ControlError> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let message = rustix::net::recvmsg(
-        socket,
-        &mut [IoSliceMut::new(buffer)],
-        &mut ancillary,
-        RecvFlags::CMSG_CLOEXEC,
-    )
-    .map_err(|error| match error {
-        rustix::io::Errno::NOTSOCK => ControlError::NoListener,
-        error => ControlError::Io(error.into()),
-    })?;
+    let message =
+        rustix::net::recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+            .map_err(|error| match error {
+                rustix::io::Errno::NOTSOCK => ControlError::NoListener,
+                error => ControlError::Io(error.into()),
+            })?;
     let fd = ancillary.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
         _ => None,

@@ -187,7 +187,8 @@ fn divide(control: &mut UnixStream) -> Result<Side, DaemonError> {
 }
 
 fn die_with_parent() -> Result<(), DaemonError> {
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(step("bind to the parent's life"))
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+        .map_err(step("bind to the parent's life"))
 }
 
 /// The parent may have died before its death was tied to ours.

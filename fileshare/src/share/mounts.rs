@@ -25,11 +25,11 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use libc::{MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NOSYMFOLLOW, MOUNT_ATTR_RDONLY};
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+use libc::{
+    MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NOSYMFOLLOW, MOUNT_ATTR_RDONLY,
 };
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
 use super::sources::{Below, FileId, OverlaySource, Source, Sources, TopSource, VolumeSource};
 use super::sys::{Reach, mount_setattr};
@@ -111,8 +111,13 @@ impl ShareRoot {
         for dir in ["share", "share/lower", "vol", "top", "proc"] {
             make_dir(&root, dir)?;
         }
-        let mut built =
-            Self { root, upper: None, work: None, has_volumes: !sources.volumes.is_empty(), writable: Vec::new() };
+        let mut built = Self {
+            root,
+            upper: None,
+            work: None,
+            has_volumes: !sources.volumes.is_empty(),
+            writable: Vec::new(),
+        };
         for (index, lower) in sources.lowers.iter().enumerate() {
             built.bind(&format!("share/lower/{index}"), lower, Access::ReadOnly, Reach::One)?;
         }
@@ -146,7 +151,8 @@ impl ShareRoot {
     /// A mount that covers part of the path on the host is not there in the bind of the parent: what is found
     /// below it then is another folder.
     fn check_one_mount(&self, parent: &Source, below: &Below) -> Result<(), MountError> {
-        let other = || MountError::OtherMount { path: below.source.path.clone(), parent: parent.path.clone() };
+        let other =
+            || MountError::OtherMount { path: below.source.path.clone(), parent: parent.path.clone() };
         let top = open_beneath(&self.root, Path::new("top")).map_err(step("open the share root"))?;
         let found = open_beneath(&top, &below.relative).map_err(|_| other())?;
         let id = FileId::of(&File::from(found)).map_err(step("look at the share root"))?;
@@ -158,7 +164,13 @@ impl ShareRoot {
         self.bind(&format!("vol/{index}"), &volume.source, Access::read_only(volume.read_only), reach)
     }
 
-    fn bind(&mut self, target: &str, source: &Source, access: Access, reach: Reach) -> Result<(), MountError> {
+    fn bind(
+        &mut self,
+        target: &str,
+        source: &Source,
+        access: Access,
+        reach: Reach,
+    ) -> Result<(), MountError> {
         let fail = |cause: io::Error| MountError::Bind { path: source.path.clone(), cause };
         if source.is_dir {
             make_dir_if_missing(&self.root, target)?;
@@ -252,7 +264,8 @@ fn own_descriptors() -> io::Result<File> {
 }
 
 fn clone_tree(source: &Source, reach: Reach) -> io::Result<OwnedFd> {
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    let mut flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
     flags.set(OpenTreeFlags::AT_RECURSIVE, reach == Reach::All);
     Ok(rustix::mount::open_tree(source, "", flags)?)
 }

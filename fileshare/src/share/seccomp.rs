@@ -54,7 +54,7 @@ const RUNTIME: &[c_long] = &[
 /// The vhost-user socket.
 const SOCKET: &[c_long] = &[c::SYS_accept4, c::SYS_recvmsg, c::SYS_sendmsg];
 
-/// Acting as the guest's user when files are made, and without CAP_FSETID when set-user-ID bits must fall.
+/// Acting as the guest's user when files are made.
 const CREDENTIALS: &[c_long] = &[
     c::SYS_capget,
     c::SYS_capset,
@@ -119,8 +119,12 @@ const NAMESPACES: u64 = (c::CLONE_NEWNS
     | c::CLONE_NEWPID
     | c::CLONE_NEWNET) as u64;
 
-/// `prctl` operations in use: naming a thread, and libcap-ng's look at the bounding set.
-const PRCTLS: &[i32] = &[c::PR_SET_NAME, c::PR_CAPBSET_READ];
+/// `prctl` operations in use: naming a thread, and libcap-ng's look at the bounding and the ambient set.
+const PRCTLS: &[(i32, Option<i32>)] = &[
+    (c::PR_SET_NAME, None),
+    (c::PR_CAPBSET_READ, None),
+    (c::PR_CAP_AMBIENT, Some(c::PR_CAP_AMBIENT_IS_SET)),
+];
 
 /// The filter could not be made or loaded.
 #[derive(Debug, thiserror::Error)]
@@ -141,11 +145,16 @@ fn filter() -> Result<ScmpFilterContext, SeccompError> {
     filter.add_rule_conditional(ScmpAction::Allow, call(c::SYS_clone), &[no_namespace])?;
     // Its flags are in memory, out of a filter's reach; the C library falls back to clone.
     filter.add_rule(ScmpAction::Errno(c::ENOSYS), call(c::SYS_clone3))?;
-    for operation in PRCTLS {
-        let is_operation = ScmpArgCompare::new(0, ScmpCompareOp::Equal, u64::from(operation.unsigned_abs()));
-        filter.add_rule_conditional(ScmpAction::Allow, call(c::SYS_prctl), &[is_operation])?;
+    for (operation, kind) in PRCTLS {
+        let mut arguments = vec![equals(0, *operation)];
+        arguments.extend(kind.map(|kind| equals(1, kind)));
+        filter.add_rule_conditional(ScmpAction::Allow, call(c::SYS_prctl), &arguments)?;
     }
     Ok(filter)
+}
+
+fn equals(argument: u32, value: i32) -> ScmpArgCompare {
+    ScmpArgCompare::new(argument, ScmpCompareOp::Equal, u64::from(value.unsigned_abs()))
 }
 
 /// Numbers of system calls are small: the conversion loses nothing.

@@ -319,7 +319,12 @@ fn open(what: What, path: &Path) -> Result<Source, SourceError> {
     let kind = peek.metadata().map_err(fail)?.file_type();
     if !kind.is_dir() && !kind.is_file() {
         let found = special_name(kind);
-        return Err(SourceError::Type { what, path: path.to_owned(), found, wanted: "a folder or a regular file" });
+        return Err(SourceError::Type {
+            what,
+            path: path.to_owned(),
+            found,
+            wanted: "a folder or a regular file",
+        });
     }
     let only_dirs = if kind.is_dir() { libc::O_DIRECTORY } else { 0 };
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY | only_dirs;

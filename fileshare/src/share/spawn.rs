@@ -104,8 +104,8 @@ impl From<ExitStatus> for Exit {
 /// A running daemon. Dropping it kills the daemon and waits until it is gone.
 #[derive(Debug)]
 pub struct Fsd {
-    /// The vhost-user connection, for QEMU. The daemon ends when all copies of it are closed.
-    pub socket: OwnedFd,
+    /// The vhost-user connection, for QEMU: take it. The daemon ends when all copies of it are closed.
+    pub socket: Option<OwnedFd>,
     /// The daemon's log, line by line. `None` once taken.
     pub stderr: Option<ChildStderr>,
     process: Process,
@@ -155,7 +155,7 @@ pub fn spawn(binary: &Path, spec: &ShareSpec, socket_dir: &Path, log: &str) -> R
     control::send_order(&mut control, spec, &listener)?;
     drop(listener);
     match control::receive_answer(&control, PATIENCE)? {
-        Answer::Ready => Ok(Fsd { socket: socket.into(), stderr, process }),
+        Answer::Ready => Ok(Fsd { socket: Some(socket.into()), stderr, process }),
         Answer::Failed(reason) => Err(SpawnError::Refused(reason)),
         Answer::Gone => Err(SpawnError::Died(process.ended.wait())),
     }
@@ -302,7 +302,8 @@ mod tests {
 
     #[test]
     fn dropping_kills_and_reaps() {
-        let (process, _) = start(Path::new("/bin/cat"), "info", UnixStream::pair().unwrap().0.into()).unwrap();
+        let (process, _) =
+            start(Path::new("/bin/cat"), "info", UnixStream::pair().unwrap().0.into()).unwrap();
         let ended = Arc::clone(&process.ended);
         drop(process);
         assert!(matches!(ended.wait(), Exit::Signal(9) | Exit::Code(0)));

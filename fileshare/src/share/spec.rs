@@ -70,7 +70,9 @@ pub struct Volume {
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
     /// Made by another version.
-    #[error("share spec has version {0}; this vmctr-fsd speaks version {SPEC_VERSION}: use one build of both")]
+    #[error(
+        "share spec has version {0}; this vmctr-fsd speaks version {SPEC_VERSION}: use one build of both"
+    )]
     Version(u32),
     /// A path that depends on the working directory.
     #[error("{0} is not an absolute path")]

@@ -56,7 +56,8 @@ pub struct TopPlaces {
 /// What the daemon found out before it knew the guest.
 #[derive(Debug)]
 pub struct Limits {
-    /// Descriptors that the guest may make the daemon hold, in all.
+    /// Descriptors that the guest may make the daemon hold in each part (layers, upper and work, volumes). The
+    /// process's own limit bounds their sum; a guest at either limit gets ENFILE or EMFILE.
     pub guest_fds: u64,
     /// Whether layers and top lie on one file system of the host. If not, each layer gets a device number of
     /// its own in the guest, so that equal inode numbers do not look like hard links.
@@ -102,7 +103,9 @@ pub(super) fn passthrough(
         inode_file_handles: InodeFileHandlesMode::Never,
         readdirplus: true,
         writeback: false,
-        killpriv_v2: true,
+        // The guest kernel clears set-user-ID bits itself. Left to the daemon, they would stay when the write
+        // comes through an overlay, which writes as root.
+        killpriv_v2: false,
         posix_acl: NegotiationMode::Auto,
         guest_fd_limit: guest_fds,
         ..Config::default()
@@ -131,7 +134,9 @@ mod tests {
         for name in ["user.x", "trusted.overlay.opaque", "security.capability", "system.posix_acl_access"] {
             assert!(passes(name), "{name}");
         }
-        for name in ["trusted.x", "trusted.overlay", "security.ima", "security.selinux", "system.nfs4_acl", "x"] {
+        for name in
+            ["trusted.x", "trusted.overlay", "security.ima", "security.selinux", "system.nfs4_acl", "x"]
+        {
             assert!(!passes(name), "{name}");
         }
     }

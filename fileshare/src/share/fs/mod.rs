@@ -21,7 +21,6 @@ mod config;
 mod names;
 mod requests;
 
-use std::collections::VecDeque;
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -31,8 +30,8 @@ use virtiofsd::filesystem::{Context, Entry, FileSystem, ROOT_ID};
 use virtiofsd::fuse;
 use virtiofsd::passthrough::PassthroughFs;
 
-pub use config::{Limits, Places, TopPlaces};
 use config::{Cache, FOREVER, passthrough};
+pub use config::{Limits, Places, TopPlaces};
 use names::{Area, Node, component, node_id};
 
 /// The share root, served.
@@ -62,10 +61,8 @@ impl ShareFs {
     /// A place cannot be opened, or procfs is missing.
     pub fn new(places: &Places, limits: Limits) -> io::Result<Self> {
         let Limits { guest_fds, one_filesystem, proc_self_fd, writable } = limits;
-        let mut shares = split_descriptors(guest_fds, places);
-        let mut open = |root: &Path, cache, announce| {
-            let fds = shares.pop_front().unwrap_or(0);
-            PassthroughFs::new(passthrough(root, cache, announce, fds, proc_self_fd.as_ref())?)
+        let open = |root: &Path, cache, announce| {
+            PassthroughFs::new(passthrough(root, cache, announce, guest_fds, proc_self_fd.as_ref())?)
         };
         let share = open(&places.share, Cache::Keep, !one_filesystem)?;
         let top = match &places.top {
@@ -137,7 +134,7 @@ impl ShareFs {
 impl At<'_> {
     /// Turns the passthrough's answer into one with the guest's node ID.
     fn entry(&self, entry: Entry) -> Entry {
-        entry_of(self.node.area, entry)
+        of_area(self.node.area, entry)
     }
 
     /// Whether the guest may remember that a name does not exist.
@@ -146,8 +143,9 @@ impl At<'_> {
     }
 }
 
-fn entry_of(area: Area, entry: Entry) -> Entry {
-    Entry { inode: node_id(area, entry.inode), ..entry }
+fn of_area(area: Area, mut entry: Entry) -> Entry {
+    entry.inode = node_id(area, entry.inode);
+    entry
 }
 
 /// "No such name", to be remembered.
@@ -158,7 +156,7 @@ fn absent() -> Entry {
 
 /// Looks up a path that the host chose, below the hidden folder.
 fn lookup_trusted(ctx: Context, top: &Top, path: &CStr) -> io::Result<Entry> {
-    Ok(entry_of(Area::Top, top.fs.lookup(ctx, ROOT_ID, path)?))
+    Ok(of_area(Area::Top, top.fs.lookup(ctx, ROOT_ID, path)?))
 }
 
 fn root_entry(ctx: Context, area: Area, fs: &PassthroughFs) -> io::Result<Entry> {
@@ -167,31 +165,10 @@ fn root_entry(ctx: Context, area: Area, fs: &PassthroughFs) -> io::Result<Entry>
     Ok(Entry { inode, generation: 0, attr, attr_timeout: FOREVER, entry_timeout: FOREVER })
 }
 
-/// Divides the guest's descriptors: layers hold most of the files that a container looks at.
-fn split_descriptors(total: u64, places: &Places) -> VecDeque<u64> {
-    let others = u64::from(places.top.is_some()) + u64::from(places.volumes.is_some());
-    let quarter = total / 4;
-    std::iter::once(total - others * quarter).chain((0..others).map(|_| quarter)).collect()
-}
-
 fn path_name(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
 }
 
 fn errno(number: i32) -> io::Error {
     io::Error::from_raw_os_error(number)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn descriptors_are_divided_without_loss_or_excess() {
-        let top = || Some(TopPlaces { parent: "/t".into(), upper: "u".into(), work: "w".into() });
-        let share = |top, volumes| Places { share: "/s".into(), top, volumes };
-        assert_eq!(split_descriptors(1000, &share(None, None)), [1000]);
-        assert_eq!(split_descriptors(1000, &share(top(), None)), [750, 250]);
-        assert_eq!(split_descriptors(1001, &share(top(), Some("/v".into()))), [501, 250, 250]);
-    }
 }

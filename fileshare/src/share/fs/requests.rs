@@ -91,7 +91,8 @@ impl FileSystem for ShareFs {
 
     fn batch_forget(&self, ctx: Context, requests: Vec<(u64, u64)>) {
         let known = |(id, count): (u64, u64)| Node::parse(id).ok().map(|node| (node, count));
-        let nodes: Vec<_> = requests.into_iter().filter_map(known).filter(|(node, _)| !node.is_root()).collect();
+        let nodes: Vec<_> =
+            requests.into_iter().filter_map(known).filter(|(node, _)| !node.is_root()).collect();
         for area in Area::ALL {
             let of_area = nodes.iter().filter(|(node, _)| node.area == area);
             let inodes: Vec<_> = of_area.map(|(node, count)| (node.inode, *count)).collect();
@@ -333,7 +334,14 @@ impl FileSystem for ShareFs {
         at.fs.opendir(ctx, at.node.inode, flags_within(OPEN_FLAGS, flags))
     }
 
-    fn readdir(&self, ctx: Context, inode: u64, handle: u64, size: u32, offset: u64) -> io::Result<Self::DirIter> {
+    fn readdir(
+        &self,
+        ctx: Context,
+        inode: u64,
+        handle: u64,
+        size: u32,
+        offset: u64,
+    ) -> io::Result<Self::DirIter> {
         let at = self.at(inode)?;
         at.fs.readdir(ctx, at.node.inode, handle, size, offset)
     }
