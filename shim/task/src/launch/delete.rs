@@ -7,7 +7,6 @@ use std::time::SystemTime;
 use anyhow::{Context, Result};
 use containerd_shim::Flags;
 use containerd_shim::protos::protobuf::Message;
-use oci_spec::runtime::Hooks;
 use vmctr_vmm::config::Config;
 use vmctr_vmm::run_dir::{self, Role, RunKey};
 
@@ -30,7 +29,8 @@ pub async fn run(flags: &Flags) -> Result<()> {
     let key = RunKey::of_bundle(&bundle);
     let pid = qemu_pid(&config.run_dir, &key);
     let cleaned = run_dir::cleanup(&config.run_dir, &key);
-    clean_bundle(flags, &bundle).await;
+    let existed = cleaned.as_ref().is_ok_and(|cleaned| cleaned.removed);
+    clean_bundle(flags, &bundle, existed).await;
     cleaned.context("clean up after the container")?;
     let exit = Exit { status: STATUS_KILLED, at: SystemTime::now() };
     let response = delete_response(Deleted { pid, exit });
@@ -55,8 +55,8 @@ fn qemu_pid(run_dir: &Path, key: &RunKey) -> u32 {
 }
 
 /// What lies outside the run directory. Nothing of it keeps containerd from forgetting the container, so what
-/// fails is told and passed over.
-async fn clean_bundle(flags: &Flags, bundle: &Path) {
+/// fails is told and passed over. The hooks of a container that never `existed` do not run.
+async fn clean_bundle(flags: &Flags, bundle: &Path, existed: bool) {
     if let Ok(address) = std::fs::read_to_string(address_file(bundle)) {
         complain(remove_socket(socket_path(&address)));
     }
@@ -66,7 +66,9 @@ async fn clean_bundle(flags: &Flags, bundle: &Path) {
     if let Ok(UpperChoice::HostDir(upper)) = upper_choice(&annotations) {
         complain(WorkDir::remove_stale(&work_dir(&upper)));
     }
-    let hooks: Hooks = spec.hooks();
+    if !existed {
+        return;
+    }
     let state = State {
         oci_version: spec.version().to_owned(),
         id: flags.id.clone(),
@@ -75,7 +77,7 @@ async fn clean_bundle(flags: &Flags, bundle: &Path) {
         bundle: bundle.to_owned(),
         annotations,
     };
-    hooks::run_all(&hooks, Moment::PostStop, &state).await;
+    hooks::run_all(&spec.hooks(), Moment::PostStop, &state).await;
 }
 
 fn complain<E: std::error::Error>(result: Result<(), E>) {
