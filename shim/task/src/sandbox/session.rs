@@ -134,7 +134,7 @@ impl Session {
         steps.end("prepare");
 
         let level = config.log.level.as_str();
-        let share = ShareDaemon::start(plan.share.clone(), run_dir.path(), level).await?;
+        let (share, socket) = ShareDaemon::start(plan.share.clone(), run_dir.path(), level).await?;
         run_dir.record(Role::Fsd, share.pid())?;
         steps.end("share");
 
@@ -146,7 +146,7 @@ impl Session {
             accelerator: resolution.accelerator,
             run_dir: run_dir.clone(),
             jail: config.jail.clone(),
-            share: Some(share.socket()?),
+            share: socket,
             boot_timeout: config.vm.boot_timeout_seconds.duration(),
         };
         let vm = tokio::select! {

@@ -46,8 +46,13 @@ struct Inner {
 }
 
 impl ShareDaemon {
-    /// Starts it for `spec`; its socket lives in `dir` for a moment.
-    pub async fn start(spec: ShareSpec, dir: &Path, log_level: &'static str) -> Result<Self, ShareError> {
+    /// Starts it for `spec`; its socket lives in `dir` for a moment. With it comes the connection that QEMU is to
+    /// use, if it is there.
+    pub async fn start(
+        spec: ShareSpec,
+        dir: &Path,
+        log_level: &'static str,
+    ) -> Result<(Self, Option<OwnedFd>), ShareError> {
         let dir = dir.to_owned();
         let started = spawn_blocking(move || {
             let binary = binaries::find(BINARY)?;
@@ -59,12 +64,8 @@ impl ShareDaemon {
         if let Some(stderr) = fsd.stderr.take() {
             forward_log(stderr).map_err(ShareError::Watch)?;
         }
-        Ok(Self(Arc::new(Inner { fsd, pidfd })))
-    }
-
-    /// The connection that QEMU is to use.
-    pub fn socket(&self) -> Result<OwnedFd, ShareError> {
-        self.0.fsd.socket.try_clone().map_err(ShareError::Watch)
+        let socket = fsd.socket.take();
+        Ok((Self(Arc::new(Inner { fsd, pidfd })), socket))
     }
 
     /// Its process ID.
