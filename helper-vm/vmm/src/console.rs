@@ -18,9 +18,6 @@ use crate::lines::{Line, LineReader};
 /// Longer than any line of the kernel's log.
 const LINE_LIMIT: usize = 1024;
 
-/// Kept for failure reasons.
-const TAIL: usize = 32;
-
 /// Lines that may come at once: a kernel's whole boot log fits.
 const BURST: u32 = 1000;
 
@@ -48,14 +45,14 @@ impl Speaker {
 /// A stream that is being forwarded, until its end.
 #[derive(Debug)]
 pub(crate) struct Console {
-    tail: Arc<Mutex<VecDeque<String>>>,
+    tail: Arc<Mutex<Tail>>,
     reader: JoinHandle<()>,
 }
 
 impl Console {
     /// Starts forwarding.
     pub(crate) fn forward(stream: impl AsyncRead + Unpin + Send + 'static, speaker: Speaker) -> Self {
-        let tail = Arc::new(Mutex::new(VecDeque::new()));
+        let tail = Arc::new(Mutex::new(Tail::default()));
         let reader = tokio::spawn(read(stream, speaker, tail.clone()).in_current_span());
         Self { tail, reader }
     }
@@ -70,8 +67,7 @@ impl Console {
 
     /// The lines that tell most about an end: the kernel's own verdict, else the last ones.
     pub(crate) fn last_words(&self) -> Option<String> {
-        let tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
-        last_words(tail.iter().map(String::as_str))
+        self.tail.lock().unwrap_or_else(PoisonError::into_inner).last_words()
     }
 }
 
@@ -81,7 +77,7 @@ impl Drop for Console {
     }
 }
 
-async fn read(stream: impl AsyncRead + Unpin, speaker: Speaker, tail: Arc<Mutex<VecDeque<String>>>) {
+async fn read(stream: impl AsyncRead + Unpin, speaker: Speaker, tail: Arc<Mutex<Tail>>) {
     let mut lines = LineReader::new(stream, LINE_LIMIT);
     let mut rate = Rate::new(Instant::now());
     // A broken stream ends like a closed one: the process at its other end is what is watched.
@@ -96,9 +92,7 @@ async fn read(stream: impl AsyncRead + Unpin, speaker: Speaker, tail: Arc<Mutex<
             }
             speaker.log(&text);
         }
-        let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
-        tail.truncate(TAIL - 1);
-        tail.push_front(text);
+        tail.lock().unwrap_or_else(PoisonError::into_inner).push(text);
     }
 }
 
@@ -108,17 +102,31 @@ fn printable(line: &Line) -> String {
     if line.cut { text + " (cut)" } else { text }
 }
 
-/// From the newest line to the oldest.
-fn last_words<'a>(newest_first: impl Iterator<Item = &'a str> + Clone) -> Option<String> {
-    const VERDICTS: [&str; 2] = ["Kernel panic", "System is deadlocked"];
+/// The end of a stream. The kernel's verdict is kept although a long trace follows it.
+#[derive(Debug, Default)]
+struct Tail {
+    verdict: Option<String>,
+    last: VecDeque<String>,
+}
+
+impl Tail {
+    const VERDICT: &str = "Kernel panic";
     const LINES: usize = 3;
-    let verdict = newest_first.clone().find(|line| VERDICTS.iter().any(|verdict| line.contains(verdict)));
-    if let Some(verdict) = verdict {
-        return Some(verdict.to_owned());
+
+    fn push(&mut self, line: String) {
+        if line.contains(Self::VERDICT) {
+            self.verdict = Some(line.clone());
+        }
+        if self.last.len() == Self::LINES {
+            self.last.pop_front();
+        }
+        self.last.push_back(line);
     }
-    let mut last: Vec<&str> = newest_first.take(LINES).collect();
-    last.reverse();
-    (!last.is_empty()).then(|| last.join(" / "))
+
+    fn last_words(&self) -> Option<String> {
+        let last = || self.last.iter().map(String::as_str).collect::<Vec<_>>().join(" / ");
+        self.verdict.clone().or_else(|| (!self.last.is_empty()).then(last))
+    }
 }
 
 /// Token bucket.
@@ -169,18 +177,22 @@ mod tests {
 
     #[test]
     fn a_panic_is_worth_more_than_what_follows_it() {
-        let lines = ["Rebooting", "CPU: 0", "Kernel panic - not syncing: no init", "Run /init"];
-        assert_eq!(last_words(lines.into_iter()).unwrap(), "Kernel panic - not syncing: no init");
-        assert_eq!(last_words(["d", "c", "b", "a"].into_iter()).unwrap(), "b / c / d");
-        assert_eq!(last_words([].into_iter()), None);
+        let mut tail = Tail::default();
+        assert_eq!(tail.last_words(), None);
+        for line in ["a", "b", "c", "d"] {
+            tail.push(line.to_owned());
+        }
+        assert_eq!(tail.last_words().unwrap(), "b / c / d");
+        tail.push("Kernel panic - not syncing: no init".to_owned());
+        (0..100).for_each(|number| tail.push(format!("trace {number}")));
+        assert_eq!(tail.last_words().unwrap(), "Kernel panic - not syncing: no init");
     }
 
     #[tokio::test]
-    async fn the_tail_is_bounded() {
+    async fn a_stream_is_read_to_its_end() {
         let input: String = (0..1000).map(|number| format!("line {number}\n")).collect();
         let mut console = Console::forward(std::io::Cursor::new(input), Speaker::Guest);
         console.drain().await;
-        assert_eq!(console.tail.lock().unwrap().len(), TAIL);
         assert_eq!(console.last_words().unwrap(), "line 997 / line 998 / line 999");
     }
 }

@@ -13,6 +13,7 @@ pub mod binaries;
 pub mod config;
 mod console;
 mod error_chain;
+mod guest_files;
 pub mod jail;
 mod lines;
 mod memory;

@@ -1,14 +1,12 @@
 //! QEMU's control connection (QMP): one JSON message per line, over a socketpair that QEMU inherits.
 //!
-//! A client of our own, small on purpose: the guest may take over QEMU, so each line, the number of kept
-//! events and each wait are bounded here, and the few commands that the driver needs fit on one page. The
-//! generated bindings bound none of that.
+//! A client of our own, small on purpose: the guest may take over QEMU, so each line and each wait are bounded
+//! here, and the few commands that the driver needs fit on one page. The generated bindings bound neither.
 //!
 //! ```text
 //!   greeting ──> qmp_capabilities ──> { command ──> return | error }*     events between any two lines
 //! ```
 
-use std::collections::VecDeque;
 use std::io;
 use std::time::Duration;
 
@@ -23,22 +21,8 @@ use crate::lines::{Line, LineReader};
 /// Far above any reply to the commands used here.
 const LINE_LIMIT: usize = 64 * 1024;
 
-/// Events that arrive while a command waits for its reply; older ones are dropped.
-const EVENT_LIMIT: usize = 16;
-
 /// How long QEMU may take to answer a command.
 const REPLY_LIMIT: Duration = Duration::from_secs(10);
-
-/// An event that QEMU sent.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-pub(crate) struct QmpEvent {
-    /// Such as `SHUTDOWN`.
-    #[serde(rename = "event")]
-    pub name: String,
-    /// Its details.
-    #[serde(default)]
-    pub data: Value,
-}
 
 /// QEMU did not do what it was told.
 #[derive(Debug, thiserror::Error)]
@@ -71,7 +55,11 @@ pub enum QmpError {
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Message {
-    Event(QmpEvent),
+    Event {
+        event: String,
+        #[serde(default)]
+        data: Value,
+    },
     Return {
         #[serde(rename = "return")]
         _value: Value,
@@ -94,13 +82,13 @@ struct ErrorBody {
 #[derive(Debug)]
 pub(crate) struct Qmp {
     lines: LineReader<UnixStream>,
-    events: VecDeque<QmpEvent>,
+    shutdown: Option<String>,
 }
 
 impl Qmp {
     /// Waits for the greeting and leaves negotiation mode. QEMU greets when its devices are set up.
     pub(crate) async fn connect(stream: UnixStream) -> Result<Self, QmpError> {
-        let mut qmp = Self { lines: LineReader::new(stream, LINE_LIMIT), events: VecDeque::new() };
+        let mut qmp = Self { lines: LineReader::new(stream, LINE_LIMIT), shutdown: None };
         match qmp.read().await? {
             Message::Greeting { .. } => qmp.execute("qmp_capabilities").await.map(|()| qmp),
             _ => Err(QmpError::Message("no greeting".to_owned())),
@@ -117,17 +105,19 @@ impl Qmp {
         self.execute("cont").await
     }
 
-    /// The next event. Cancel safe.
-    pub(crate) async fn next_event(&mut self) -> Result<QmpEvent, QmpError> {
+    /// Reads events until the monitor breaks, and says how. Cancel safe.
+    pub(crate) async fn broken(&mut self) -> QmpError {
         loop {
-            if let Some(event) = self.events.pop_front() {
-                return Ok(event);
-            }
             // A reply to a command that timed out has no one to go to.
-            if let Message::Event(event) = self.read().await? {
-                return Ok(event);
+            if let Err(error) = self.read().await {
+                return error;
             }
         }
+    }
+
+    /// Why QEMU shuts down, such as `guest-reset`, if it has said so.
+    pub(crate) fn shutdown(&self) -> Option<&str> {
+        self.shutdown.as_deref()
     }
 
     async fn execute(&mut self, command: &'static str) -> Result<(), QmpError> {
@@ -144,23 +134,22 @@ impl Qmp {
                 Message::Error { error } => {
                     return Err(QmpError::Refused { command, description: shorten(&error.desc) });
                 }
-                Message::Event(event) => self.keep(event),
+                Message::Event { .. } => {}
                 Message::Greeting { .. } => return Err(QmpError::Message("a second greeting".to_owned())),
             }
         }
     }
 
-    fn keep(&mut self, event: QmpEvent) {
-        if self.events.len() == EVENT_LIMIT {
-            self.events.pop_front();
-        }
-        self.events.push_back(event);
-    }
-
     async fn read(&mut self) -> Result<Message, QmpError> {
         let Line { bytes, cut } = self.lines.next().await?.ok_or(QmpError::Closed)?;
         let message = if cut { None } else { serde_json::from_slice(&bytes).ok() };
-        message.ok_or_else(|| QmpError::Message(shorten(&String::from_utf8_lossy(&bytes))))
+        let message = message.ok_or_else(|| QmpError::Message(shorten(&String::from_utf8_lossy(&bytes))))?;
+        if let Message::Event { event, data } = &message
+            && event == "SHUTDOWN"
+        {
+            self.shutdown = data["reason"].as_str().map(shorten);
+        }
+        Ok(message)
     }
 }
 
@@ -193,11 +182,10 @@ mod tests {
         let (qmp, theirs) = scripted(&[GREETING, OK, stop, OK, shutdown]).await;
         let mut qmp = qmp.unwrap();
         qmp.stop().await.unwrap();
-        assert_eq!(qmp.next_event().await.unwrap().name, "STOP");
-        let event = qmp.next_event().await.unwrap();
-        assert_eq!((event.name.as_str(), &event.data["reason"]), ("SHUTDOWN", &json!("guest-reset")));
+        assert_eq!(qmp.shutdown(), None);
         drop(theirs);
-        assert!(matches!(qmp.next_event().await, Err(QmpError::Closed | QmpError::Io(_))));
+        assert!(matches!(qmp.broken().await, QmpError::Closed | QmpError::Io(_)));
+        assert_eq!(qmp.shutdown(), Some("guest-reset"));
     }
 
     #[tokio::test]
@@ -220,18 +208,5 @@ mod tests {
         });
         assert!(matches!(Qmp::connect(ours).await, Err(QmpError::Message(_))));
         drop(sent.await.unwrap());
-    }
-
-    #[tokio::test]
-    async fn a_flood_of_events_keeps_the_last_ones() {
-        let mut lines = vec![GREETING.to_owned(), OK.to_owned()];
-        lines.extend((0..100).map(|number| format!("{{\"event\": \"E{number}\"}}")));
-        lines.push(OK.to_owned());
-        let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
-        let (qmp, _theirs) = scripted(&lines).await;
-        let mut qmp = qmp.unwrap();
-        qmp.stop().await.unwrap();
-        assert_eq!(qmp.events.len(), EVENT_LIMIT);
-        assert_eq!(qmp.next_event().await.unwrap().name, "E84");
     }
 }

@@ -69,7 +69,11 @@ mod tests {
         let late = VmError::TimeLimit { phase: Phase::Boot, limit: PROBE_LIMIT, last_words: None };
         let resolution = answer(Err(late)).unwrap();
         assert_eq!(resolution.accelerator, Accelerator::Tcg);
-        assert!(resolution.reason.ends_with("Waited 10 s in vain for the guest to boot"), "{}", resolution.reason);
+        assert!(
+            resolution.reason.ends_with("Waited 10 s in vain for the guest to boot"),
+            "{}",
+            resolution.reason
+        );
         assert!(answer(Err(VmError::Jail("cannot bind /usr".into()))).is_err());
         let full = io::Error::from(io::ErrorKind::StorageFull);
         assert!(answer(Err(VmError::Host { action: "make a socket pair", source: full })).is_err());

@@ -14,7 +14,7 @@
 use std::convert::Infallible;
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt as _, symlink};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -27,8 +27,10 @@ use nix::sys::prctl::{set_no_new_privs, set_pdeathsig};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Uid, chdir, getpid, getppid, pivot_root, setgroups, setresgid, setresuid};
+use rustix::fs::CWD;
+use rustix::mount::{MoveMountFlags, move_mount};
 
-use super::{Bind, FIRST_FD, JailSpec, Limits, sys};
+use super::{FIRST_FD, GUEST_DIR, GUEST_FILES, JailSpec, Limits, sys};
 
 /// Where the new root is put together. Any directory of the host does, as the mount namespace is private
 /// and every source is opened before.
@@ -66,13 +68,14 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
 /// # Errors
 /// The step that failed; the process is then half confined and must exit.
 pub fn enter(spec: &JailSpec) -> Result<Infallible, JailError> {
-    sys::place_fds(&spec.fds, FIRST_FD).step("put file descriptors in place")?;
+    let guest = sys::place_fds(&spec.fds, spec.guest, FIRST_FD).step("put file descriptors in place")?;
     let namespaces = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWNET
         | CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWUTS;
     unshare(namespaces).step("make namespaces: run as root")?;
-    build_root(&spec.binds)?;
+    build_root(spec.prefix.as_deref(), &guest)?;
+    drop(guest);
     enter_root()?;
     set_limits(spec.limits)?;
     become_nobody(spec)?;
@@ -81,16 +84,14 @@ pub fn enter(spec: &JailSpec) -> Result<Infallible, JailError> {
     Err(error).step(format!("run {}", spec.program.display()))
 }
 
-/// What every jail takes from the host.
-struct SystemEntries {
-    binds: Vec<Bind>,
+/// What a jail takes from the host.
+struct HostEntries {
+    binds: Vec<PathBuf>,
     links: Vec<(PathBuf, PathBuf)>,
 }
 
-fn system_entries() -> Result<SystemEntries, JailError> {
-    let mut entries = SystemEntries { binds: vec![], links: vec![] };
-    let same = |path: &Path| Bind { source: path.to_owned(), target: path.to_owned() };
-    entries.binds.push(same(Path::new("/usr")));
+fn host_entries(prefix: Option<&Path>) -> Result<HostEntries, JailError> {
+    let mut entries = HostEntries { binds: vec![PathBuf::from("/usr")], links: vec![] };
     for name in SYSTEM_DIRS {
         let path = Path::new("/").join(name);
         let Ok(metadata) = fs::symlink_metadata(&path) else { continue };
@@ -98,13 +99,12 @@ fn system_entries() -> Result<SystemEntries, JailError> {
             let target = fs::read_link(&path).step(format!("read {}", path.display()))?;
             entries.links.push((path, target));
         } else {
-            entries.binds.push(same(&path));
+            entries.binds.push(path);
         }
     }
-    entries.binds.extend(DEVICES.iter().map(|device| same(Path::new(device))));
-    if Path::new(LOADER_CACHE).exists() {
-        entries.binds.push(same(Path::new(LOADER_CACHE)));
-    }
+    entries.binds.extend(DEVICES.map(PathBuf::from));
+    entries.binds.extend(Some(PathBuf::from(LOADER_CACHE)).filter(|cache| cache.exists()));
+    entries.binds.extend(prefix.map(Path::to_owned));
     Ok(entries)
 }
 
@@ -115,44 +115,65 @@ struct Source {
     target: PathBuf,
 }
 
-fn open_bind(bind: &Bind) -> Result<Source, JailError> {
+fn open_source(path: &Path, target: &Path) -> Result<Source, JailError> {
     let open = || {
-        let file = File::options().read(true).custom_flags(libc::O_PATH).open(&bind.source)?;
+        let file = File::options().read(true).custom_flags(libc::O_PATH).open(path)?;
         let is_dir = file.metadata()?.is_dir();
-        Ok::<_, io::Error>(Source { file, is_dir, target: bind.target.clone() })
+        Ok::<_, io::Error>(Source { file, is_dir, target: in_root(target) })
     };
-    open().step(format!("open {}", bind.source.display()))
+    open().step(format!("open {}", path.display()))
 }
 
-fn build_root(own: &[Bind]) -> Result<(), JailError> {
+fn build_root(prefix: Option<&Path>, guest: &OwnedFd) -> Result<(), JailError> {
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).step("make mounts private")?;
     // Only now: the kernel binds nothing that was opened in another mount namespace.
-    let SystemEntries { binds, links } = system_entries()?;
-    let sources = binds.iter().chain(own).map(open_bind).collect::<Result<Vec<_>, _>>()?;
+    let HostEntries { binds, links } = host_entries(prefix)?;
+    let sources = binds.iter().map(|path| open_source(path, path)).collect::<Result<Vec<_>, _>>()?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("tmpfs"), ROOT, Some("tmpfs"), flags, Some("mode=755,size=64k")).step("mount the new root")?;
     for (path, target) in &links {
         symlink(target, in_root(path)).step(format!("make {}", path.display()))?;
     }
-    for source in &sources {
-        bind(source).step(format!("bind {}", source.target.display()))?;
-    }
-    sys::make_read_only(c"/tmp").step("make the new root read-only")
+    sources.iter().try_for_each(bind)?;
+    bind_guest_files(guest)?;
+    sys::make_read_only(ROOT).step("make the new root read-only")
 }
 
-fn bind(source: &Source) -> io::Result<()> {
-    let target = in_root(&source.target);
-    let make_dirs = |dir: &Path| DirBuilder::new().recursive(true).create(dir);
-    if source.is_dir {
-        make_dirs(&target)?;
-    } else {
-        target.parent().map_or(Ok(()), make_dirs)?;
-        File::create(&target)?;
+fn bind(source: &Source) -> Result<(), JailError> {
+    let Source { file, is_dir, target } = source;
+    let bind = || {
+        if *is_dir {
+            make_dir(target)?;
+        } else {
+            target.parent().map_or(Ok(()), make_dir)?;
+            File::create(target)?;
+        }
+        let opened = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
+        mount(Some(opened.as_str()), target, None::<&str>, flags, None::<&str>).map_err(io::Error::from)
+    };
+    bind().step(format!("bind {}", target.display()))
+}
+
+/// The parent keeps the files open for writing, so their own mount cannot be made read-only; binds of them
+/// can.
+fn bind_guest_files(guest: &OwnedFd) -> Result<(), JailError> {
+    let stage = in_root(Path::new("/stage"));
+    let attach = || {
+        make_dir(&stage)?;
+        move_mount(guest, "", CWD, &stage, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(io::Error::from)
+    };
+    attach().step("attach the guest's files")?;
+    for name in GUEST_FILES {
+        bind(&open_source(&stage.join(name), &Path::new(GUEST_DIR).join(name))?)?;
     }
-    let opened = format!("/proc/self/fd/{}", source.file.as_raw_fd());
-    let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
-    mount(Some(opened.as_str()), &target, None::<&str>, flags, None::<&str>).map_err(io::Error::from)
+    umount2(&stage, MntFlags::MNT_DETACH).step("detach the guest's files")?;
+    fs::remove_dir(&stage).step("detach the guest's files")
+}
+
+fn make_dir(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).create(path)
 }
 
 /// The path's place in the new root. Host paths come from the parent, which is trusted.

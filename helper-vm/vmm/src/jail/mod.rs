@@ -6,7 +6,7 @@
 //!   ├── usr      the host's, read-only; bin, lib, lib64, ... as on the host (symlinks or the directories)
 //!   ├── (opt/x)  QEMU's own prefix, when it is not in /usr, read-only
 //!   ├── etc/ld.so.cache
-//!   ├── guest/kernel, guest/initramfs      read-only
+//!   ├── guest/kernel, guest/initramfs      this VM's copies, see `guest_files`
 //!   └── dev/null, dev/urandom
 //! ```
 //!
@@ -21,19 +21,17 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::assets::GuestAssets;
 use crate::config::FirstUid;
-use crate::qemu::Qemu;
 use crate::spec::VmSpec;
 
 /// Exit status of `vmctr-jail` when it could not become QEMU; its stderr says why.
 pub const EXIT_STATUS: i32 = 125;
 
-/// The kernel inside the jail.
-pub const KERNEL: &str = "/guest/kernel";
+/// Directory of the VM's copies of the guest's files inside the jail.
+pub const GUEST_DIR: &str = "/guest";
 
-/// The initramfs inside the jail.
-pub const INITRAMFS: &str = "/guest/initramfs";
+/// Names of the kernel and the initramfs in [`GUEST_DIR`].
+pub const GUEST_FILES: [&str; 2] = ["kernel", "initramfs"];
 
 /// First number of the passed file descriptors inside the jail; the others follow in order.
 pub const FIRST_FD: i32 = 3;
@@ -50,22 +48,14 @@ pub struct JailSpec {
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<String>,
-    /// What it sees, beside the host's system directories.
-    pub binds: Vec<Bind>,
+    /// Directory outside `/usr` that holds the program and what it needs, if that is where it is.
+    pub prefix: Option<PathBuf>,
+    /// File descriptor of the detached mount that holds [`GUEST_FILES`], as numbered on entry.
+    pub guest: i32,
     /// File descriptors that it inherits, as numbered on entry.
     pub fds: Vec<i32>,
     /// Its resource limits.
     pub limits: Limits,
-}
-
-/// A host file or directory that is visible, read-only, in the jail.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Bind {
-    /// On the host.
-    pub source: PathBuf,
-    /// In the jail; absolute.
-    pub target: PathBuf,
 }
 
 /// Resource limits of the jailed process.
@@ -80,34 +70,10 @@ pub struct Limits {
     pub threads: u64,
 }
 
-impl JailSpec {
-    /// The jail of one VM. `fds` are the numbers of the passed descriptors in this process.
-    #[must_use]
-    pub fn for_qemu(
-        qemu: &Qemu,
-        assets: &GuestAssets,
-        spec: &VmSpec,
-        first_uid: FirstUid,
-        args: Vec<String>,
-        fds: Vec<i32>,
-    ) -> Self {
-        let guest = [(assets.kernel(), KERNEL), (assets.initramfs(), INITRAMFS)];
-        let guest = guest.map(|(source, target)| Bind { source, target: target.into() });
-        let prefix = prefix_outside_usr(qemu.path()).map(|dir| Bind { source: dir.clone(), target: dir });
-        Self {
-            parent: std::process::id(),
-            first_uid,
-            program: qemu.path().to_owned(),
-            args,
-            binds: guest.into_iter().chain(prefix).collect(),
-            fds,
-            limits: Limits::for_vm(spec),
-        }
-    }
-}
-
 impl Limits {
-    fn for_vm(spec: &VmSpec) -> Self {
+    /// What QEMU needs for this VM.
+    #[must_use]
+    pub fn for_vm(spec: &VmSpec) -> Self {
         /// QEMU's event descriptors for a handful of devices, with room.
         const OPEN_FILES: u64 = 512;
         /// QEMU's own threads: main, RCU, up to 64 for block and file work.
@@ -121,7 +87,8 @@ impl Limits {
 }
 
 /// The installation that a QEMU outside `/usr` belongs to: `/opt/qemu` of `/opt/qemu/bin/qemu-system-x86_64`.
-fn prefix_outside_usr(program: &Path) -> Option<PathBuf> {
+#[must_use]
+pub fn prefix_outside_usr(program: &Path) -> Option<PathBuf> {
     let dir = program.parent()?;
     if dir.starts_with("/usr") {
         return None;

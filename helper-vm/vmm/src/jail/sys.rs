@@ -1,24 +1,27 @@
 //! The system calls of the jail that have no safe wrapper.
 
-use std::ffi::CStr;
+use std::ffi::CString;
+use std::os::fd::{FromRawFd as _, OwnedFd};
 use std::{io, mem};
 
 /// Gives `fds` the numbers `first` and up, open across exec, and marks every higher descriptor close-on-exec.
-/// The caller owns the numbers and uses none of them any more.
-pub(super) fn place_fds(fds: &[i32], first: i32) -> io::Result<()> {
-    let count = i32::try_from(fds.len()).map_err(io::Error::other)?;
-    let above: Vec<i32> =
-        fds.iter().map(|fd| duplicate_above(*fd, first + count)).collect::<Result<_, _>>()?;
+/// Returns `other`, an inherited descriptor that is not to be kept. The caller owns all these numbers and
+/// uses none of them any more.
+pub(super) fn place_fds(fds: &[i32], other: i32, first: i32) -> io::Result<OwnedFd> {
+    let end = first + i32::try_from(fds.len()).map_err(io::Error::other)?;
+    let other = duplicate_above(other, end)?;
+    let above: Vec<i32> = fds.iter().map(|fd| duplicate_above(*fd, end)).collect::<Result<_, _>>()?;
     for (target, fd) in (first..).zip(above) {
         // SAFETY: both are plain numbers. `target` may hold a descriptor that the process was started
-        // with; none of those belongs to a live object, as this process opened its own above them or is
-        // done with them.
+        // with; none of those belongs to a live object.
         check(unsafe { libc::dup2(fd, target) })?;
     }
-    let from = u32::try_from(first + count).map_err(io::Error::other)?;
+    let from = u32::try_from(end).map_err(io::Error::other)?;
     let flags = i32::try_from(libc::CLOSE_RANGE_CLOEXEC).map_err(io::Error::other)?;
     // SAFETY: only sets a flag on descriptors; objects that own them stay valid.
-    check(unsafe { libc::close_range(from, u32::MAX, flags) }).map(drop)
+    check(unsafe { libc::close_range(from, u32::MAX, flags) })?;
+    // SAFETY: the number was made above and has no other owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(other) })
 }
 
 fn duplicate_above(fd: i32, lowest: i32) -> io::Result<i32> {
@@ -31,7 +34,8 @@ fn check(result: i32) -> io::Result<i32> {
 }
 
 /// Makes the mount at `path` and all mounts below it read-only and deaf to set-user-ID bits.
-pub(super) fn make_read_only(path: &CStr) -> io::Result<()> {
+pub(super) fn make_read_only(path: &str) -> io::Result<()> {
+    let path = CString::new(path)?;
     // SAFETY: the structure is plain numbers, for which all-zero bytes are valid.
     let mut attributes: libc::mount_attr = unsafe { mem::zeroed() };
     attributes.attr_set = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID;

@@ -8,7 +8,7 @@
 use vmctr_proto::guest_paths::SHARE_TAG;
 
 use crate::accel::Accelerator;
-use crate::jail::{INITRAMFS, KERNEL};
+use crate::jail::{GUEST_DIR, GUEST_FILES};
 use crate::spec::{Machine, VmSpec};
 
 /// Numbers of the file descriptors that QEMU inherits.
@@ -77,8 +77,9 @@ fn machine(args: &mut Vec<String>, spec: &VmSpec, accelerator: Accelerator, kvm:
 }
 
 fn boot(args: &mut Vec<String>, accelerator: Accelerator) {
-    add(args, "-kernel", KERNEL);
-    add(args, "-initrd", INITRAMFS);
+    let [kernel, initramfs] = GUEST_FILES.map(|name| format!("{GUEST_DIR}/{name}"));
+    add(args, "-kernel", kernel);
+    add(args, "-initrd", initramfs);
     add(args, "-append", kernel_arguments(accelerator));
 }
 

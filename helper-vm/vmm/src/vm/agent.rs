@@ -24,8 +24,15 @@ const HEADER_LIMIT: u32 = 16 * 1024;
 /// the slowest of them.
 const CALL_LIMIT: Duration = Duration::from_secs(300);
 
-/// Connects; the returned client reconnects by itself when the stream broke.
-pub(super) async fn connect(vsock: VsockHost) -> Result<Agent, VmError> {
+/// Connects and says hello.
+pub(super) async fn greet(vsock: VsockHost) -> Result<(Agent, HelloReply), VmError> {
+    let mut agent = connect(vsock).await?;
+    let hello = hello(&mut agent).await?;
+    Ok((agent, hello))
+}
+
+/// The returned client reconnects by itself when the stream broke.
+async fn connect(vsock: VsockHost) -> Result<Agent, VmError> {
     let dial = service_fn(move |_: Uri| {
         let vsock = vsock.clone();
         async move { vsock.connect(ports::AGENT).await.map(TokioIo::new).map_err(io::Error::other) }
@@ -41,7 +48,7 @@ pub(super) async fn connect(vsock: VsockHost) -> Result<Agent, VmError> {
 }
 
 /// Settles the protocol version and sets the guest's clock.
-pub(super) async fn hello(agent: &mut Agent) -> Result<HelloReply, VmError> {
+async fn hello(agent: &mut Agent) -> Result<HelloReply, VmError> {
     let request = HelloRequest {
         protocol_min: PROTOCOL_VERSION_MIN,
         protocol_max: PROTOCOL_VERSION,

@@ -11,9 +11,10 @@ use vmctr_proto::agent::HelloReply;
 
 use super::driver::Running;
 use super::launch::{Launched, launch};
-use super::process::QemuProcess;
+use super::qemu_process::QemuProcess;
 use super::{Agent, Phase, PhaseTime, Started, VmError, VmStart, VmState, agent};
-use crate::qmp::Qmp;
+use crate::guest_files::GuestFiles;
+use crate::qmp::{Qmp, QmpError};
 use crate::run_dir::{Role, RunDir};
 use crate::vsock::{Listener, UnixServer, VsockHost};
 
@@ -23,18 +24,19 @@ pub(super) async fn boot(
     state: &watch::Sender<VmState>,
 ) -> Result<(Running, Started), VmError> {
     move_to(state, VmState::Starting)?;
-    let mut clock = Clock::new(start.boot_timeout);
-    let Launched { mut qemu, pid, vsock, qmp, ready } = launch(&mut start).await?;
-    let stages = Stages { state, qemu: &mut qemu, clock: &mut clock, vsock: &vsock };
-    match stages.run(&start.run_dir, pid, qmp, ready).await {
+    let clock = Clock::new(start.boot_timeout);
+    let Launched { qemu, pid, vsock, qmp, ready, guest_files } = launch(&mut start).await?;
+    let mut boot = Boot { state, clock, qemu, qmp: None, vsock, run_dir: &start.run_dir };
+    match boot.run(pid, qmp, ready, guest_files).await {
         Ok(Booted { qmp, vsock_socket, agent, hello }) => {
+            let Boot { clock, qemu, vsock, .. } = boot;
             let VmStart { spec, accelerator, .. } = start;
             let phases = clock.times;
             let started = Started { spec, accelerator, qemu_pid: pid, vsock, agent, hello, phases };
             Ok((Running { qemu, qmp, _vsock_socket: vsock_socket }, started))
         }
         Err(error) => {
-            qemu.kill().await?;
+            boot.qemu.kill().await?;
             Err(error)
         }
     }
@@ -76,36 +78,39 @@ struct Booted {
     hello: HelloReply,
 }
 
-struct Stages<'a> {
+/// A start under way.
+struct Boot<'a> {
     state: &'a watch::Sender<VmState>,
-    qemu: &'a mut QemuProcess,
-    clock: &'a mut Clock,
-    vsock: &'a VsockHost,
+    clock: Clock,
+    qemu: QemuProcess,
+    /// From the end of the first phase on.
+    qmp: Option<Qmp>,
+    vsock: VsockHost,
+    run_dir: &'a RunDir,
 }
 
-impl Stages<'_> {
+impl Boot<'_> {
     async fn run(
-        mut self,
-        run_dir: &RunDir,
+        &mut self,
         pid: u32,
         qmp: UnixStream,
         mut ready: Listener,
+        guest_files: GuestFiles,
     ) -> Result<Booted, VmError> {
-        run_dir.record(Role::Qemu, pid)?;
+        self.run_dir.record(Role::Qemu, pid)?;
         let qmp = self.during(Phase::Spawn, async { Ok(Qmp::connect(qmp).await?) }).await?;
+        self.qmp = Some(qmp);
+
         let accepted = async { ready.accept().await.map_err(vsock_error) };
         self.during(Phase::Boot, accepted).await?;
         move_to(self.state, VmState::Ready)?;
+        guest_files.free().map_err(|source| VmError::Host { action: "free the guest's files", source })?;
 
         let vsock = self.vsock.clone();
-        let greeted = async {
-            let mut agent = agent::connect(vsock).await?;
-            let hello = agent::hello(&mut agent).await?;
-            Ok((agent, hello))
-        };
-        let (agent, hello) = self.during(Phase::Hello, greeted).await?;
-        let vsock_socket = self.vsock.serve_unix(&run_dir.vsock_socket()).map_err(vsock_error)?;
+        let (agent, hello) = self.during(Phase::Hello, agent::greet(vsock)).await?;
+        let vsock_socket = self.vsock.serve_unix(&self.run_dir.vsock_socket()).map_err(vsock_error)?;
         move_to(self.state, VmState::Running)?;
+        let qmp = self.qmp.take().ok_or(QmpError::Closed)?;
         Ok(Booted { qmp, vsock_socket, agent, hello })
     }
 
@@ -118,14 +123,17 @@ impl Stages<'_> {
         let deadline = tokio::time::Instant::from_std(self.clock.begin + self.clock.limit);
         let done = tokio::select! {
             done = timeout_at(deadline, work) => done,
-            _ = self.qemu.child.wait() => return Err(self.qemu.end(self.now(), None).await),
+            _ = self.qemu.child.wait() => return Err(self.qemu.end(self.now(), self.qmp.as_mut()).await),
         };
         match done {
             Ok(Ok(value)) => {
                 self.clock.end(phase);
                 Ok(value)
             }
-            Ok(Err(error)) => Err(self.qemu.end_soon(self.now(), None).await.unwrap_or(error)),
+            Ok(Err(error)) => {
+                let end = self.qemu.end_soon(self.now(), self.qmp.as_mut()).await;
+                Err(end.unwrap_or(error))
+            }
             Err(_) => Err(self.too_late(phase)),
         }
     }

@@ -2,17 +2,17 @@
 //!
 //! ```text
 //!   requests ──┐
-//!   QEMU's end ├──> driver ──> state (watch)
-//!   events ────┘        └────> QMP stop, cont; SIGKILL
+//!   QEMU's end ┴──> driver ──> state (watch)
+//!                       └────> QMP stop, cont; SIGKILL
 //! ```
 
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::boot::{boot, move_to};
-use super::process::QemuProcess;
+use super::qemu_process::QemuProcess;
 use super::{Started, VmError, VmStart, VmState};
 use crate::error_chain::error_chain;
-use crate::qmp::{Qmp, QmpEvent};
+use crate::qmp::Qmp;
 use crate::vsock::UnixServer;
 
 /// Requests that may wait.
@@ -46,7 +46,6 @@ pub(super) struct Running {
 /// What happened next.
 enum Step {
     Request(Option<Request>),
-    Event(QmpEvent),
     /// QEMU ended, or broke its monitor and was killed for it.
     End(VmError),
 }
@@ -82,9 +81,8 @@ impl Driver {
     }
 
     async fn drive(&mut self, mut running: Running) {
-        let mut shutdown = None;
         let last = loop {
-            match self.next(&mut running, shutdown.as_deref()).await {
+            match self.next(&mut running).await {
                 Step::Request(Some(Request::Pause(answer))) => {
                     let _ = answer.send(self.pause(&mut running.qmp).await);
                 }
@@ -99,11 +97,10 @@ impl Driver {
                 },
                 Step::Request(None) => {
                     if let Err(error) = running.qemu.kill().await {
-                        tracing::error!("{error}");
+                        tracing::error!("{}", error_chain(&error));
                     }
                     break Last::Stopped(None);
                 }
-                Step::Event(event) => note_shutdown(&event, &mut shutdown),
                 Step::End(error) => break Last::Failed(error),
             }
         };
@@ -125,28 +122,22 @@ impl Driver {
         self.refuse_requests().await;
     }
 
-    async fn next(&mut self, running: &mut Running, shutdown: Option<&str>) -> Step {
+    async fn next(&mut self, running: &mut Running) -> Step {
         let Running { qemu, qmp, .. } = running;
-        let shutdown = shutdown.map(str::to_owned);
-        tokio::select! {
+        let broken = tokio::select! {
             request = self.requests.recv() => return Step::Request(request),
-            event = qmp.next_event() => match event {
-                Ok(event) => return Step::Event(event),
-                Err(error) => {
-                    let state = self.state.borrow().clone();
-                    if let Some(end) = qemu.end_soon(state, shutdown).await {
-                        return Step::End(end);
-                    }
-                    if let Err(error) = qemu.kill().await {
-                        tracing::error!("{error}");
-                    }
-                    return Step::End(error.into());
-                }
-            },
-            _ = qemu.child.wait() => {}
-        }
+            broken = qmp.broken() => Some(broken),
+            _ = qemu.child.wait() => None,
+        };
         let state = self.state.borrow().clone();
-        Step::End(qemu.end(state, shutdown).await)
+        let Some(broken) = broken else { return Step::End(qemu.end(state, Some(qmp)).await) };
+        if let Some(end) = qemu.end_soon(state, Some(qmp)).await {
+            return Step::End(end);
+        }
+        if let Err(error) = qemu.kill().await {
+            tracing::error!("{}", error_chain(&error));
+        }
+        Step::End(broken.into())
     }
 
     async fn pause(&self, qmp: &mut Qmp) -> Result<(), VmError> {
@@ -177,11 +168,5 @@ impl Driver {
             };
             let _ = answer.send(result.map_err(VmError::from));
         }
-    }
-}
-
-fn note_shutdown(event: &QmpEvent, shutdown: &mut Option<String>) {
-    if event.name == "SHUTDOWN" {
-        *shutdown = event.data["reason"].as_str().map(str::to_owned);
     }
 }

@@ -1,19 +1,21 @@
 //! Starting QEMU: the sockets between it and this process, its command line, its jail.
 
 use std::fs::{self, File};
-use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::{io, process};
 
 use tokio::process::Command;
 use vmctr_proto::{GuestCid, ports};
 
-use super::process::QemuProcess;
+use super::qemu_process::QemuProcess;
 use super::{VmError, VmStart};
 use crate::accel::Accelerator;
+use crate::assets::GuestAssets;
 use crate::binaries;
 use crate::console::{Console, Speaker};
-use crate::jail::{FIRST_FD, JailSpec};
+use crate::guest_files::GuestFiles;
+use crate::jail::{FIRST_FD, JailSpec, Limits, prefix_outside_usr};
 use crate::qemu::command::{QemuFds, arguments};
 use crate::run_dir::RunDir;
 use crate::spawn::spawn;
@@ -29,6 +31,8 @@ pub(super) struct Launched {
     pub vsock: VsockHost,
     /// Takes the agent's one connect; in place before the guest can make it.
     pub ready: Listener,
+    /// QEMU reads them until the guest has booted.
+    pub guest_files: GuestFiles,
 }
 
 /// QEMU's ends of its connections. Their order is the order of their numbers in QEMU.
@@ -47,10 +51,13 @@ pub(super) async fn launch(start: &mut VmStart) -> Result<Launched, VmError> {
         Accelerator::Kvm => Some(open_kvm()?),
         Accelerator::Tcg => None,
     };
-    let ends =
+    let guest_files = copy_guest_files(&start.assets).await?;
+    let guest = guest_files.mount().try_clone_to_owned().map_err(host("pass the guest's files on"))?;
+    let mut ends =
         QemuEnds::new(qemu_qmp.into(), qemu_console.into(), qemu_vsock.into(), start.share.take(), kvm);
     let mut command = Command::new(jail);
-    command.arg(jail_argument(start, &ends)?).env_clear();
+    command.arg(jail_argument(start, &ends, guest.as_raw_fd())?).env_clear();
+    ends.fds.push(guest);
     let mut child = spawn(command, ends.fds).await.map_err(host("start vmctr-jail"))?;
     let gone = || host("learn QEMU's process ID")(io::Error::other("it is gone already"));
     let pid = child.id().ok_or_else(gone)?;
@@ -58,7 +65,14 @@ pub(super) async fn launch(start: &mut VmStart) -> Result<Launched, VmError> {
         child.stderr.take().ok_or_else(|| host("read QEMU's stderr")(io::Error::other("no pipe")))?;
     let console = Console::forward(tokio_stream(console)?, Speaker::Guest);
     let stderr = Console::forward(stderr, Speaker::Qemu);
-    Ok(Launched { qemu: QemuProcess { child, console, stderr }, pid, qmp: tokio_stream(qmp)?, vsock, ready })
+    Ok(Launched {
+        qemu: QemuProcess { child, console, stderr },
+        pid,
+        qmp: tokio_stream(qmp)?,
+        vsock,
+        ready,
+        guest_files,
+    })
 }
 
 impl QemuEnds {
@@ -86,12 +100,25 @@ impl QemuEnds {
     }
 }
 
-fn jail_argument(start: &VmStart, ends: &QemuEnds) -> Result<String, VmError> {
-    let args = arguments(&start.spec, start.accelerator, ends.numbers);
-    let fds = ends.fds.iter().map(|fd| fd.as_raw_fd()).collect();
-    let uid = start.jail.first_uid;
-    let spec = JailSpec::for_qemu(&start.qemu, &start.assets, &start.spec, uid, args, fds);
+/// The jail's description. The numbers are those of descriptors in this process, which the jail inherits.
+fn jail_argument(start: &VmStart, ends: &QemuEnds, guest: RawFd) -> Result<String, VmError> {
+    let spec = JailSpec {
+        parent: process::id(),
+        first_uid: start.jail.first_uid,
+        program: start.qemu.path().to_owned(),
+        prefix: prefix_outside_usr(start.qemu.path()),
+        args: arguments(&start.spec, start.accelerator, ends.numbers),
+        guest,
+        fds: ends.fds.iter().map(|fd| fd.as_raw_fd()).collect(),
+        limits: Limits::for_vm(&start.spec),
+    };
     serde_json::to_string(&spec).map_err(io::Error::from).map_err(host("describe QEMU's jail"))
+}
+
+async fn copy_guest_files(assets: &GuestAssets) -> Result<GuestFiles, VmError> {
+    let (kernel, initramfs) = (assets.kernel(), assets.initramfs());
+    let copied = tokio::task::spawn_blocking(move || GuestFiles::copy([&kernel, &initramfs])).await;
+    copied.map_err(io::Error::other).flatten().map_err(host("copy the guest's kernel and initramfs"))
 }
 
 /// The vsock device listens on a socket file only until QEMU's end is connected.

@@ -19,7 +19,7 @@ mod boot;
 mod driver;
 mod error;
 mod launch;
-mod process;
+mod qemu_process;
 mod state;
 
 use std::os::fd::OwnedFd;

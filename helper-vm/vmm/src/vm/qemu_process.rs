@@ -11,6 +11,7 @@ use super::error::End;
 use super::{VmError, VmState};
 use crate::console::Console;
 use crate::jail;
+use crate::qmp::Qmp;
 
 /// A child of this process. Dropping it kills QEMU; it is then reaped in the background.
 #[derive(Debug)]
@@ -24,7 +25,7 @@ pub(super) struct QemuProcess {
 
 impl QemuProcess {
     /// Waits for the end, then says how it came. Cancel safe until QEMU has exited.
-    pub(super) async fn end(&mut self, state: VmState, shutdown: Option<String>) -> VmError {
+    pub(super) async fn end(&mut self, state: VmState, qmp: Option<&mut Qmp>) -> VmError {
         let status = self.child.wait().await;
         self.console.drain().await;
         self.stderr.drain().await;
@@ -32,16 +33,20 @@ impl QemuProcess {
         if status.as_ref().ok().and_then(ExitStatus::code) == Some(jail::EXIT_STATUS) {
             return VmError::Jail(qemu.unwrap_or_default());
         }
+        let shutdown = match qmp {
+            Some(qmp) => last_event(qmp).await,
+            None => None,
+        };
         let status =
             status.map_or_else(|error| format!("status unknown: {error}"), |status| status.to_string());
         VmError::Ended(End { state, status, shutdown, qemu, guest })
     }
 
     /// As [`Self::end`], for a QEMU whose connection just broke; `None` when it lives on.
-    pub(super) async fn end_soon(&mut self, state: VmState, shutdown: Option<String>) -> Option<VmError> {
+    pub(super) async fn end_soon(&mut self, state: VmState, qmp: Option<&mut Qmp>) -> Option<VmError> {
         const LIMIT: Duration = Duration::from_secs(1);
         match timeout(LIMIT, self.child.wait()).await {
-            Ok(_) => Some(self.end(state, shutdown).await),
+            Ok(_) => Some(self.end(state, qmp).await),
             Err(_) => None,
         }
     }
@@ -56,4 +61,12 @@ impl QemuProcess {
             Err(_) => Err(error(io::Error::from(io::ErrorKind::TimedOut))),
         }
     }
+}
+
+/// What QEMU's monitor said last; QEMU is gone, so its end is near.
+async fn last_event(qmp: &mut Qmp) -> Option<String> {
+    const LIMIT: Duration = Duration::from_millis(500);
+    // Too late and broken mean the same: what was read so far must do.
+    let _ = timeout(LIMIT, qmp.broken()).await;
+    qmp.shutdown().map(str::to_owned)
 }
