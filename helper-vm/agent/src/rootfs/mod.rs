@@ -97,7 +97,11 @@ fn overlay(lowers: &[PathBuf], upper: &Upper, dir: &Path, rootfs: &Path) -> Resu
         step("linking", &path, symlink(target, &path))
     };
     for (index, lower) in lowers.iter().enumerate() {
-        link(&index.to_string(), in_share(lower)?)?;
+        let lower = in_share(lower)?;
+        // A layer on another file system of the host than the rest is an automount, which the overlay's own
+        // look at the path does not trigger.
+        step("opening", &lower, fs::File::open(&lower))?;
+        link(&index.to_string(), lower)?;
     }
     if let Some((upper, work)) = upper_folders(upper, dir)? {
         link("upper", upper)?;
