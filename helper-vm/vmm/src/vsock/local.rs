@@ -50,12 +50,12 @@ pub(super) struct Local {
 }
 
 impl Local {
-    /// `stream` is nonblocking.
+    /// `stream` is nonblocking. What it holds already shows in the first event.
     pub(super) fn new(stream: UnixStream) -> Self {
         Self {
             stream,
             backlog: Backlog::default(),
-            readable: true,
+            readable: false,
             writable: true,
             ended: false,
             deaf: false,
@@ -138,7 +138,6 @@ impl Local {
         match retry(|| self.stream.read_volatile(&mut slice)) {
             Ok(0) => {
                 self.ended = true;
-                self.look_for_hangup();
                 0
             }
             Ok(n) => n,
@@ -251,7 +250,9 @@ mod tests {
         let (device, user) = UnixStream::pair().unwrap();
         device.set_nonblocking(true).unwrap();
         user.set_nonblocking(true).unwrap();
-        (Local::new(device), user)
+        let mut local = Local::new(device);
+        local.ready(ALL);
+        (local, user)
     }
 
     fn write(local: &mut Local, mut bytes: Vec<u8>) {

@@ -11,14 +11,14 @@
 //!
 //! | file | owns |
 //! |---|---|
-//! | [`packet`] | the header's layout |
-//! | [`credit`] | the counters of flow control |
-//! | [`backlog`], [`local`] | the host's end of a connection |
-//! | [`connection`] | the state machine of one connection |
-//! | [`mux`] | the table of connections: routing, turns, bounds |
-//! | [`ring`], [`engine`] | descriptor chains; moving packets between rings and table |
-//! | [`poller`], [`inbox`], [`listen`] | what wakes the worker, and what users hand over |
-//! | [`device`], [`host`], [`unix`] | the back-end QEMU talks to, the users' handle, the per-VM socket |
+//! | `packet` | the header's layout |
+//! | `credit` | the counters of flow control |
+//! | `backlog`, `local` | the host's end of a connection |
+//! | `connection` | the state machine of one connection |
+//! | `mux` | the table of connections: routing, turns, bounds |
+//! | `ring`, `engine` | descriptor chains; moving packets between rings and table |
+//! | `poller`, `inbox`, `listen` | what wakes the worker, and what users hand over |
+//! | `device`, `host`, `unix` | the back-end QEMU talks to, the users' handle, the per-VM socket |
 //!
 //! Everything up to `mux` knows sockets and packets but no queue, and is tested without a VM.
 //!

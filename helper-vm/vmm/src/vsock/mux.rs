@@ -242,9 +242,7 @@ impl Mux {
             self.resets.push_back(Header::to_guest(route, Op::Reset));
         }
         connection.end(ConnectError::Refused(route.guest_port));
-        if self.by_route.get(&route) == Some(&slot) {
-            self.by_route.remove(&route);
-        }
+        self.by_route.remove(&route);
         self.settle(slot);
     }
 
@@ -274,4 +272,26 @@ pub(super) fn nonblocking_pair() -> io::Result<(UnixStream, UnixStream)> {
     device.set_nonblocking(true)?;
     user.set_nonblocking(true)?;
     Ok((device, user))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_that_is_used_again_and_again_waits_for_one_turn() {
+        let listeners = Arc::new(Listeners::default());
+        let mut listener = listeners.listen(1).unwrap();
+        let mut mux = Mux::new(GuestCid::DEFAULT, Arc::new(Poller::new().unwrap()), listeners);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+        let mut packet = Header { src_cid: 3, dst_cid: HOST_CID, dst_port: 1, kind: 1, ..Header::default() };
+        for _ in 0..1000 {
+            packet.op = Op::Request as u16;
+            mux.receive(&packet, &[]);
+            drop(runtime.block_on(listener.accept()).unwrap());
+            packet.op = Op::Reset as u16;
+            mux.receive(&packet, &[]);
+        }
+        assert_eq!((mux.live(), mux.turns.len(), mux.slots.len()), (0, 1, 1));
+    }
 }
