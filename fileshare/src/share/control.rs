@@ -40,7 +40,7 @@ pub enum ControlError {
     /// The spec does not parse or cannot be written as JSON (a path that is not UTF-8).
     #[error("share spec is not valid")]
     Json(#[from] serde_json::Error),
-    /// Longer than [`MAX_SPEC`].
+    /// Longer than any spec with a reason.
     #[error("share spec of {0} bytes is longer than {MAX_SPEC}")]
     TooLong(usize),
     /// The order came without exactly one listening socket.

@@ -20,6 +20,12 @@
 //!   vol/0..N     folders and single files                either      every look asks the host
 //! ```
 //!
+//! Each folder volume is a file system of its own in the guest (an automount of virtiofs, with its own device
+//! number), and so is each layer when layers and top lie on several file systems of the host: inode numbers of
+//! two of them would look like hard links. Overlay does not trigger automounts: open `lower/N` before mounting.
+//! When all lie on one, as containerd's snapshots do, they share one number, and a file keeps its identity when
+//! it is copied up.
+//!
 //! Invariants:
 //! 1. Read-only is a flag of the host's mount; no code of ours has to remember it.
 //! 2. The server reaches nothing but the share root: every other mount is gone from its namespace

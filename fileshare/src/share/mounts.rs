@@ -17,7 +17,7 @@
 //! symlinks to the guest; those flags make it so even if the server is taken over. None of them shows in the
 //! guest.
 //!
-//! Invariant: the caller's mount namespace is private to it (see [`super::sandbox`]). Until [`ShareRoot::enter`]
+//! Invariant: the caller's mount namespace is private to it (see `sandbox`). Until [`ShareRoot::enter`]
 //! the host's mounts are still there; after it, only the tree above.
 
 use std::fs::File;

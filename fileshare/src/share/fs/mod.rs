@@ -6,7 +6,7 @@
 //!             └─ vol/N           ── volumes  passthrough of /vol      asks the host each time
 //! ```
 //!
-//! [`ShareFs`] only sorts requests: it finds the passthrough that a node belongs to ([`names`]), refuses what no
+//! [`ShareFs`] only sorts requests: it finds the passthrough that a node belongs to (`names`), refuses what no
 //! guest has a right to ask, and lets [`PassthroughFs`] do the work.
 //!
 //! Invariants, whatever the guest sends:
