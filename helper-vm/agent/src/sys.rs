@@ -1,6 +1,7 @@
 //! The few kernel interfaces that have no safe wrapper in the crates used.
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socket_with};
 use rustix::process::Pid;
@@ -33,6 +34,84 @@ pub fn kill(pid: Pid, signal: Signal) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// One BPF instruction: struct bpf_insn of linux/bpf.h.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BpfInstruction {
+    /// Class, source or size, operation or mode.
+    pub code: u8,
+    /// Target in the low, source in the high half.
+    pub registers: u8,
+    /// Of a jump or a memory access.
+    pub offset: i16,
+    /// Operand.
+    pub immediate: i32,
+}
+
+const _: () = assert!(size_of::<BpfInstruction>() == 8);
+
+/// The head of union bpf_attr for BPF_PROG_LOAD.
+#[repr(C)]
+struct BpfLoad {
+    prog_type: u32,
+    insn_cnt: u32,
+    insns: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buf: u64,
+}
+
+/// The head of union bpf_attr for BPF_PROG_ATTACH.
+#[repr(C)]
+struct BpfAttach {
+    target_fd: u32,
+    attach_bpf_fd: u32,
+    attach_type: u32,
+    attach_flags: u32,
+}
+
+/// Makes a program decide over all device accesses from a control group, instead of an earlier one.
+pub fn attach_device_program(group: BorrowedFd<'_>, program: &[BpfInstruction]) -> io::Result<()> {
+    const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+    const BPF_CGROUP_DEVICE: u32 = 6;
+    const BPF_PROG_LOAD: libc::c_int = 5;
+    const BPF_PROG_ATTACH: libc::c_int = 8;
+    let load = BpfLoad {
+        prog_type: BPF_PROG_TYPE_CGROUP_DEVICE,
+        insn_cnt: u32::try_from(program.len()).map_err(io::Error::other)?,
+        insns: program.as_ptr() as u64,
+        license: c"Apache-2.0".as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log_buf: 0,
+    };
+    // SAFETY: the kernel reads `insn_cnt` instructions of 8 bytes and a C string, which live across the call.
+    let loaded = unsafe { bpf(BPF_PROG_LOAD, &load) }?;
+    // SAFETY: BPF_PROG_LOAD returned a new descriptor, owned by nobody else.
+    let loaded = unsafe { OwnedFd::from_raw_fd(loaded) };
+    let attach = BpfAttach {
+        target_fd: group.as_raw_fd().cast_unsigned(),
+        attach_bpf_fd: loaded.as_raw_fd().cast_unsigned(),
+        attach_type: BPF_CGROUP_DEVICE,
+        attach_flags: 0,
+    };
+    // SAFETY: the attribute holds two open descriptors and no pointer.
+    unsafe { bpf(BPF_PROG_ATTACH, &attach) }.map(drop)
+}
+
+/// bpf(2).
+///
+/// # Safety
+/// `attribute` is the beginning of union bpf_attr for this command, and its pointers hold for the call.
+unsafe fn bpf<T>(command: libc::c_int, attribute: &T) -> io::Result<libc::c_int> {
+    // SAFETY: the kernel reads `size_of::<T>()` bytes of the attribute and takes the rest as zero; the
+    // caller answers for what it points to.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attribute), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as libc::c_int) }
 }
 
 /// RTM_NEWLINK for interface 1 (always the loopback) with IFF_UP: nlmsghdr, ifinfomsg (linux/rtnetlink.h).

@@ -10,15 +10,17 @@
 //! The container's processes may create groups below theirs: walks are bounded and never fail because
 //! one vanishes meanwhile.
 
+mod devices;
 mod parse;
 mod stats;
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use libcontainer::oci_spec::runtime::LinuxResources;
+use libcontainer::oci_spec::runtime::{Linux, LinuxResources};
 use rustix::process::Pid;
 
 use crate::sys::{self, Signal};
@@ -46,6 +48,8 @@ pub enum Error {
     Field { path: PathBuf, field: &'static str },
     #[error("the container's processes did not {what} within {} s", SETTLE_TIME.as_secs())]
     Unsettled { what: &'static str },
+    #[error("linux.resources.devices")]
+    Devices(#[from] devices::RuleError),
     #[error("applying linux.resources")]
     Apply(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
@@ -73,6 +77,16 @@ impl Cgroup {
     /// Creates the group.
     pub fn create(&self) -> Result<()> {
         fs::create_dir(&self.dir).map_err(|source| Error::File { path: self.dir.clone(), source })
+    }
+
+    /// Restricts devices as the spec says; nodes that it lists can be used.
+    pub fn restrict_devices(&self, linux: &Linux) -> Result<()> {
+        let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_deref());
+        let program =
+            devices::program(rules.unwrap_or_default(), linux.devices().as_deref().unwrap_or_default())?;
+        File::open(&self.dir)
+            .and_then(|group| sys::attach_device_program(group.as_fd(), &program))
+            .map_err(|source| Error::File { path: self.dir.clone(), source })
     }
 
     /// The file whose changes announce an OOM kill.

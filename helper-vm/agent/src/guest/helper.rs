@@ -11,6 +11,7 @@ use rustix::process::Pid;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Lines, Take};
 use tokio::net::unix::pipe::Receiver;
 
+use crate::boot::console;
 use crate::runtime::report::Report;
 use crate::runtime::{CREATE, EXEC, SUBCOMMAND};
 use crate::stdio::process::ProcessEnds;
@@ -110,7 +111,11 @@ impl Helper {
 
     fn failure(&self) -> HelperError {
         let text = self.report.failure();
-        if text.starts_with("exec: ") { HelperError::Program(text) } else { HelperError::Failed(text) }
+        if text.starts_with("exec: ") {
+            return HelperError::Program(text);
+        }
+        self.report.logs().for_each(console::warn);
+        HelperError::Failed(text)
     }
 
     fn kill(&self) {

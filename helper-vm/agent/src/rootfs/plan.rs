@@ -10,7 +10,7 @@ const MAX_LOWERS: usize = 500;
 
 /// Explicit, whatever the kernel's defaults are: the upper folder then means the same to everyone who
 /// reads it, and no feature ties it to this guest.
-const OVERLAY_OPTIONS: &str = "index=off,redirect_dir=off,metacopy=off";
+const OVERLAY_OPTIONS: &str = "index=off,redirect_dir=off,metacopy=off,uuid=off";
 
 /// The host asked for a root that cannot be.
 #[derive(Debug, thiserror::Error)]
@@ -150,7 +150,7 @@ mod tests {
     fn options_name_every_folder_once() {
         assert_eq!(
             overlay_options(3, true).to_str().unwrap(),
-            "lowerdir=0:1:2,upperdir=upper,workdir=work,index=off,redirect_dir=off,metacopy=off"
+            "lowerdir=0:1:2,upperdir=upper,workdir=work,index=off,redirect_dir=off,metacopy=off,uuid=off"
         );
         assert_eq!(tmpfs_options(0).to_str().unwrap(), "mode=755");
         assert_eq!(tmpfs_options(4096).to_str().unwrap(), "mode=755,size=4096");

@@ -10,7 +10,7 @@ use pathrs::Root;
 use prost::Message;
 use rustix::process::Pid;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
@@ -42,16 +42,23 @@ pub fn create(job: &Job, reporter: Reporter) -> anyhow::Result<Pid> {
     Ok(pid)
 }
 
-/// Creates `process.cwd` where the image lacks it, as other runtimes do. A read-only root keeps its own
-/// answer: entering the directory fails by name.
+/// Creates `process.cwd` where the image lacks it, as other runtimes do; below a mount there is nothing to
+/// see yet. On a read-only root, entering the directory fails by itself.
 fn make_working_directory(dir: &Path) -> anyhow::Result<()> {
     let spec = Spec::load(dir.join("config.json"))?;
     let Some(process) = spec.process() else { return Ok(()) };
-    let root = Root::open(dir.join(ROOTFS))?;
-    if root.resolve(process.cwd()).is_err() {
-        // What is wrong with the path, entering it will say.
-        let _ = root.mkdir_all(process.cwd(), &fs::Permissions::from_mode(0o755));
+    let cwd = process.cwd();
+    if spec.mounts().iter().flatten().any(|mount| cwd.starts_with(mount.destination())) {
+        return Ok(());
     }
+    let root = Root::open(dir.join(ROOTFS))?;
+    let Ok(found) = root.resolve(cwd) else {
+        // What is wrong with it, entering it will say.
+        let _ = root.mkdir_all(cwd, &fs::Permissions::from_mode(0o755));
+        return Ok(());
+    };
+    let is_dir = fs::File::from(OwnedFd::from(found)).metadata()?.is_dir();
+    anyhow::ensure!(is_dir, "process.cwd {cwd:?} is not a directory");
     Ok(())
 }
 

@@ -44,14 +44,14 @@ impl Payload {
     fn execute(&self, spec: &Spec) -> Result<(), ExecutorError> {
         let process = spec.process().as_ref().ok_or(ExecutorError::InvalidArg)?;
         let args = process.args().as_deref().unwrap_or_default();
-        let program = find(process).map_err(other)?;
-        let arguments = strings(args.iter().map(|arg| arg.as_bytes().to_vec())).map_err(other)?;
-        let environment = strings(std::env::vars_os().map(pair)).map_err(other)?;
-        let path = CString::new(program.as_os_str().as_bytes()).map_err(|_| other(ProgramError::Nul))?;
+        let program = find(process)?;
+        let arguments = strings(args.iter().map(|arg| arg.as_bytes().to_vec()))?;
+        let environment = strings(std::env::vars_os().map(pair))?;
+        let path = CString::new(program.as_os_str().as_bytes()).map_err(|_| ProgramError::Nul)?;
         self.confinement.enter()?;
         crate::sys::default_sigpipe();
         let Err(error) = execve(&path, &arguments, &environment);
-        Err(other(ProgramError::Unusable { name: args[0].clone(), error }))
+        Err(ProgramError::Unusable { name: args[0].clone(), error }.into())
     }
 }
 
@@ -70,8 +70,10 @@ impl Executor for Payload {
     }
 }
 
-fn other(error: ProgramError) -> ExecutorError {
-    ExecutorError::Other(error.to_string())
+impl From<ProgramError> for ExecutorError {
+    fn from(error: ProgramError) -> Self {
+        Self::Other(error.to_string())
+    }
 }
 
 fn pair((name, value): (std::ffi::OsString, std::ffi::OsString)) -> Vec<u8> {

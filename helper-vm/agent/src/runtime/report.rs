@@ -84,13 +84,19 @@ impl Report {
         }
     }
 
-    /// The failure in one line, with the detail that was logged first.
+    /// All details, in the order in which they were logged.
+    pub fn logs(&self) -> impl Iterator<Item = &str> {
+        self.logs.iter().map(String::as_str)
+    }
+
+    /// The failure in one line. Of the details the first names the thing, the next the cause.
     pub fn failure(&self) -> String {
         let error = self.error.as_deref().unwrap_or("the runtime process ended without an answer");
-        match self.logs.first() {
-            Some(log) if !error.starts_with("exec: ") => format!("{error} ({log})"),
-            _ => error.to_owned(),
+        if self.logs.is_empty() || error.starts_with("exec: ") {
+            return error.to_owned();
         }
+        let details = &self.logs[..self.logs.len().min(2)];
+        format!("{error} ({})", details.join("; "))
     }
 }
 
@@ -106,9 +112,9 @@ mod tests {
     }
 
     #[test]
-    fn the_first_error_and_the_first_detail_are_told() {
-        let failed = report(&["log mount /x: ENOENT", "log later", "error mounting", "error other"]);
-        assert_eq!(failed.failure(), "mounting (mount /x: ENOENT)");
+    fn the_first_error_and_its_details_are_told() {
+        let failed = report(&["log mount /x", "log ENOENT", "log more", "error mounting", "error other"]);
+        assert_eq!(failed.failure(), "mounting (mount /x; ENOENT)");
         assert_eq!(report(&[]).failure(), "the runtime process ended without an answer");
         let missing = report(&["log executor failed", "error exec: \"x\": not found"]);
         assert_eq!(missing.failure(), "exec: \"x\": not found");

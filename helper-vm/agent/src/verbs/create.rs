@@ -61,6 +61,7 @@ async fn build(
     let spec = spec::container(&request.spec, &place)?;
     write_bundle(name, &spec, request.root.as_ref())?;
     cgroup.create()?;
+    cgroup.restrict_devices(spec.linux().as_ref().ok_or(spec::Error::Missing("linux"))?)?;
     let process = spec.process().as_ref().ok_or(spec::Error::Missing("process"))?;
     let names = Names { container: name.to_owned(), process: INIT.to_owned() };
     let host = claim.fulfilled().await?;

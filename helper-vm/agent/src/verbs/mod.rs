@@ -86,7 +86,11 @@ impl Error {
         let mut text = self.to_string();
         let mut cause = self.source();
         while let Some(error) = cause {
-            text = format!("{text}: {error}");
+            let named = error.to_string();
+            // Some libraries repeat their cause in their own text.
+            if !text.contains(&named) {
+                text = format!("{text}: {named}");
+            }
             cause = error.source();
         }
         Status::new(self.code(), text)
