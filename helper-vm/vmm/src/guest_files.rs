@@ -40,8 +40,10 @@ impl GuestFiles {
 
     /// Gives the memory back.
     pub(crate) fn free(self) -> io::Result<()> {
+        /// A page that is punched in part is zeroed, not freed. No page is larger.
+        const WHOLE_PAGES: u64 = 1 << 21;
         for file in &self.files {
-            let whole = file.metadata()?.len();
+            let whole = file.metadata()?.len().next_multiple_of(WHOLE_PAGES);
             fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, whole)?;
         }
         Ok(())

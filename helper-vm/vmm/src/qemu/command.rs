@@ -22,7 +22,7 @@ pub struct QemuFds {
     pub vsock: i32,
     /// vhost-user socket of the share.
     pub share: Option<i32>,
-    /// `/dev/kvm`, with KVM only.
+    /// `/dev/kvm`; unused without KVM.
     pub kvm: Option<i32>,
 }
 
@@ -104,5 +104,72 @@ fn devices(args: &mut Vec<String>, fds: QemuFds) {
     if let Some(share) = fds.share {
         add(args, "-chardev", format!("socket,id=share,fd={share}"));
         add(args, "-device", format!("vhost-user-fs-pci,chardev=share,tag={SHARE_TAG}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+    use crate::config::VmDefaults;
+    use crate::memory::MemoryMib;
+    use crate::spec::{Host, Limits, Vcpus};
+
+    const FDS: QemuFds = QemuFds { qmp: 3, console: 4, vsock: 5, share: Some(6), kvm: None };
+
+    fn spec(machine: Machine) -> VmSpec {
+        let defaults = VmDefaults { machine, ..VmDefaults::default() };
+        let host = Host { cpus: Vcpus::ONE, memory: MemoryMib::new(4096) };
+        VmSpec::resolve(&defaults, &Limits::default(), &HashMap::<String, String>::new(), &host).unwrap()
+    }
+
+    fn lines(args: &[String]) -> String {
+        args.iter()
+            .fold(String::new(), |text, arg| text + if arg.starts_with('-') { "\n" } else { " " } + arg)
+    }
+
+    #[test]
+    fn the_whole_command_line_under_tcg() {
+        let want = "
+-nodefaults
+-no-user-config
+-no-reboot
+-display none
+-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
+-machine q35,sata=off,smbus=off,i8042=off,usb=off,vmport=off,hpet=off,smm=off,memory-backend=ram
+-object memory-backend-memfd,id=ram,size=512M,share=on
+-m 512M
+-smp 1
+-accel tcg,thread=multi,tb-size=32
+-cpu max
+-kernel /guest/kernel
+-initrd /guest/initramfs
+-append console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check random.trust_cpu=on cryptomgr.notests mitigations=off
+-chardev socket,id=qmp,fd=3
+-mon chardev=qmp,mode=control
+-chardev socket,id=console,fd=4
+-serial chardev:console
+-chardev socket,id=vsock,fd=5
+-device vhost-user-vsock-pci,chardev=vsock
+-chardev socket,id=share,fd=6
+-device vhost-user-fs-pci,chardev=share,tag=vmctr";
+        assert_eq!(lines(&arguments(&spec(Machine::Q35), Accelerator::Tcg, FDS)), want);
+    }
+
+    #[test]
+    fn kvm_comes_by_descriptor_and_keeps_mitigations() {
+        let fds = QemuFds { kvm: Some(7), ..FDS };
+        let text = lines(&arguments(&spec(Machine::Q35), Accelerator::Kvm, fds));
+        assert!(text.contains("\n-add-fd fd=7,set=1\n-accel kvm,device=/dev/fdset/1\n-cpu host\n"), "{text}");
+        assert!(!text.contains("mitigations"), "{text}");
+    }
+
+    #[test]
+    fn without_a_share_there_is_no_virtiofs_device() {
+        let fds = QemuFds { share: None, ..FDS };
+        let text = lines(&arguments(&spec(Machine::Pc), Accelerator::Tcg, fds));
+        assert!(!text.contains("vhost-user-fs"), "{text}");
+        assert!(text.contains("\n-machine pc,"), "{text}");
     }
 }

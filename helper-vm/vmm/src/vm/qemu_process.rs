@@ -29,8 +29,11 @@ impl QemuProcess {
         let status = self.child.wait().await;
         self.console.drain().await;
         self.stderr.drain().await;
-        let (qemu, guest) = (self.stderr.last_words(), self.console.last_words());
-        if status.as_ref().ok().and_then(ExitStatus::code) == Some(jail::EXIT_STATUS) {
+        let qemu = self.stderr.last_words();
+        let code = status.as_ref().ok().and_then(ExitStatus::code);
+        // Whoever killed QEMU with a signal, the guest has nothing to say about it.
+        let guest = code.and_then(|_| self.console.last_words());
+        if code == Some(jail::EXIT_STATUS) {
             return VmError::Jail(qemu.unwrap_or_default());
         }
         let shutdown = match qmp {
