@@ -13,8 +13,8 @@ use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, VolatileSlice};
 
 use super::packet::{HEADER_LEN, Header};
 
-/// Descriptors of one chain: no more than the largest queue that the device offers may hold. QEMU never
-/// asks for more than 1024; up to 10.0.2 it asks for 128, by 10.0.13 for all of them.
+/// Descriptors of one chain: no more than the largest queue that the device offers may hold. QEMU makes
+/// queues of 1024 at most; 10.0.2 makes them of 128, 10.0.13 as large as it may.
 pub(super) const MAX_DESCRIPTORS: usize = 1024;
 
 /// The guest's ring cannot be used any more; only a reset of its driver mends that.

@@ -4,12 +4,13 @@
 //!   0x0000  rx: descriptors, 0x2000 available ring, 0x3000 used ring          RING entries each
 //!   0x4000  tx: descriptors, 0x6000 available ring, 0x7000 used ring
 //!   0x10000 tx buffers, 0x40000 rx buffers                                    SLOT bytes per descriptor
+//!   0x20000 indirect table, 0x30000 its bytes
 //! ```
 
 use std::sync::Arc;
 
 use vhost_user_backend::{VringMutex, VringT};
-use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmctr_proto::GuestCid;
 
@@ -105,13 +106,7 @@ impl Ring {
         flags: u16,
         next: u16,
     ) {
-        let at = GuestAddress(self.base + u64::from(index) * 16);
-        let mut raw = [0; 16];
-        raw[..8].copy_from_slice(&address.to_le_bytes());
-        raw[8..12].copy_from_slice(&len.to_le_bytes());
-        raw[12..14].copy_from_slice(&flags.to_le_bytes());
-        raw[14..].copy_from_slice(&next.to_le_bytes());
-        memory.write_slice(&raw, at).unwrap();
+        write_descriptor(memory, self.base, index, (address, len), flags, next);
     }
 
     pub(super) fn publish(&mut self, memory: &GuestMemoryMmap, head: u16) {
@@ -145,6 +140,22 @@ impl Ring {
     }
 }
 
+fn write_descriptor(
+    memory: &GuestMemoryMmap,
+    table: u64,
+    index: u16,
+    (address, len): (u64, u32),
+    flags: u16,
+    next: u16,
+) {
+    let mut raw = [0; 16];
+    raw[..8].copy_from_slice(&address.to_le_bytes());
+    raw[8..12].copy_from_slice(&len.to_le_bytes());
+    raw[12..14].copy_from_slice(&flags.to_le_bytes());
+    raw[14..].copy_from_slice(&next.to_le_bytes());
+    memory.write_slice(&raw, GuestAddress(table + u64::from(index) * 16)).unwrap();
+}
+
 impl Driver {
     pub(super) fn new() -> Self {
         let ranges = [(GuestAddress(0), MEMORY as usize)];
@@ -176,6 +187,26 @@ impl Driver {
             rest = tail;
         }
         self.tx.offer(&memory, &chain, false);
+    }
+
+    /// Sends a packet through an indirect table: one descriptor for the header, then one per byte of data.
+    pub(super) fn send_indirect(&mut self, header: &Header, data: &[u8]) {
+        const TABLE: u64 = 0x20_000;
+        const BYTES: u64 = 0x30_000;
+        let memory = self.memory.memory();
+        memory.write_slice(&[&header.encode()[..], data].concat(), GuestAddress(BYTES)).unwrap();
+        let last = data.len() as u16;
+        for index in 0..=last {
+            let start = if index == 0 { 0 } else { HEADER_LEN as u64 + u64::from(index) - 1 };
+            let len = if index == 0 { HEADER_LEN as u32 } else { 1 };
+            let flags = if index < last { VRING_DESC_F_NEXT as u16 } else { 0 };
+            write_descriptor(&memory, TABLE, index, (BYTES + start, len), flags, index + 1);
+        }
+        let head = self.tx.next;
+        let len = (u32::from(last) + 1) * 16;
+        self.tx.write_descriptor(&memory, head, (TABLE, len), VRING_DESC_F_INDIRECT as u16, 0);
+        self.tx.next = (head + 1) % RING;
+        self.tx.publish(&memory, head);
     }
 
     /// Offers a buffer for one packet, spread over descriptors of the given lengths.

@@ -13,6 +13,7 @@ use super::peer::{LISTENED, from_guest};
 use crate::vsock::engine::Served;
 use crate::vsock::mux::MAX_RESETS;
 use crate::vsock::packet::{HEADER_LEN, Header, Op, Route};
+use crate::vsock::ring::MAX_DESCRIPTORS;
 
 const WHOLE: [u32; 1] = [SLOT as u32];
 
@@ -105,6 +106,20 @@ async fn buffers_that_hold_no_packet_come_back_empty_and_the_packet_takes_the_ne
     let back = driver.rx.take_used(&memory);
     assert_eq!(back.iter().map(|(_, len)| *len).collect::<Vec<_>>(), [0, 0, 0, 0, HEADER_LEN as u32 + 4]);
     assert_eq!(back[4].0, u32::from(good));
+}
+
+#[tokio::test]
+async fn a_packet_may_lie_in_an_indirect_table_but_not_in_an_endless_one() {
+    let mut driver = Driver::new();
+    let mut stream = connected(&mut driver).await;
+    driver.send_indirect(&Header { len: 100, ..packet(Op::Data) }, &[7; 100]);
+    driver.serve();
+    assert_eq!(read(&mut stream, 100), [7; 100]);
+    let endless = [8; MAX_DESCRIPTORS];
+    driver.send_indirect(&Header { len: MAX_DESCRIPTORS as u32, ..packet(Op::Data) }, &endless);
+    driver.send(&Header { len: 1, ..packet(Op::Data) }, &[9], &[]);
+    driver.serve();
+    assert_eq!(read(&mut stream, 1), [9]);
 }
 
 #[tokio::test]
