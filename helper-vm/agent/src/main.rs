@@ -38,6 +38,7 @@ fn main() -> ExitCode {
         eprintln!("vmctr-agent is PID 1 of a vmctr guest; on a host use vmctr");
         return ExitCode::from(125);
     }
+    boot::console::log_panics();
     // The end of PID 1 panics the guest's kernel: the host sees QEMU exit and this message.
     let error = match boot::boot().and_then(|()| service::serve()) {
         Ok(()) => "the service ended".to_owned(),

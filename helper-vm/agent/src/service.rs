@@ -36,7 +36,7 @@ struct Service {
 pub fn serve() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let guest = guest::start().context("starting the actor")?;
+        let (guest, actor) = guest::start().context("starting the actor")?;
         let agent = listen(ports::AGENT)?;
         tokio::spawn(accept(listen(ports::STDIO)?, guest.clone()));
         let service = AgentServer::new(Service { guest });
@@ -44,7 +44,10 @@ pub fn serve() -> anyhow::Result<()> {
             tokio::spawn(Server::builder().add_service(service).serve_with_incoming(agent.incoming()));
         console::info(concat!("version ", env!("CARGO_PKG_VERSION"), " serves"));
         tell_ready().await;
-        server.await?.context("serving gRPC")
+        tokio::select! {
+            served = server => served?.context("serving gRPC"),
+            defect = actor => defect.context("the actor"),
+        }
     })
 }
 

@@ -22,6 +22,11 @@ pub fn attach() -> std::io::Result<()> {
     Ok(())
 }
 
+/// Panics go to the log as well: the standard error is /dev/null.
+pub fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| error(&panic.to_string())));
+}
+
 /// Something that an operator wants to see.
 pub fn info(message: &str) {
     line("info", message);

@@ -18,6 +18,7 @@ use std::collections::HashMap;
 
 use rustix::process::Pid;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 use vmctr_proto::agent::{ExitEvent, OomEvent, ProcessRef, event};
 
 use crate::ids::{ContainerId, ProcessId};
@@ -80,18 +81,18 @@ pub struct Guest {
     oom: oom::Watch,
 }
 
-/// Starts the actor and what feeds it.
-pub fn start() -> std::io::Result<Handle> {
+/// Starts the actor and what feeds it. The task ends only by a defect of the agent.
+pub fn start() -> std::io::Result<(Handle, JoinHandle<()>)> {
     let (sender, mut queue) = mpsc::channel::<Job>(QUEUE);
     let handle = Handle(sender);
     reaper::watch(handle.clone())?;
     let mut guest = Guest::new(oom::Watch::start(handle.clone())?);
-    tokio::spawn(async move {
+    let actor = tokio::spawn(async move {
         while let Some(job) = queue.recv().await {
             job(&mut guest);
         }
     });
-    Ok(handle)
+    Ok((handle, actor))
 }
 
 impl Guest {

@@ -1,8 +1,10 @@
 //! Runs a further process in a started container.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::Context;
+use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::oci_spec::runtime::{Process, Spec};
 use libcontainer::syscall::syscall::SyscallType;
@@ -12,6 +14,7 @@ use super::payload::Payload;
 use super::report::Reporter;
 use super::seccomp::Confinement;
 use super::{Job, STATE_DIR, console_socket, container_dir, process_file};
+use crate::cgroup::Cgroup;
 
 /// Runs the process that PID 1 described; returns it once it executes its program.
 pub fn exec(job: &Job, reporter: Reporter) -> anyhow::Result<Pid> {
@@ -27,9 +30,26 @@ pub fn exec(job: &Job, reporter: Reporter) -> anyhow::Result<Pid> {
         .with_console_socket(job.terminal.then(|| console_socket(&job.container, &job.process)))
         .as_tenant()
         .with_process(Some(&file))
+        .with_sub_cgroup(sub_group(&job.container)?)
         .with_detach(true)
         .build()?;
     Pid::from_raw(pid.as_raw()).context("the process has no number")
+}
+
+/// The group of the init process below the container's, if it moved: one that manages groups itself leaves
+/// its own empty of processes, and none can be added there.
+fn sub_group(container: &str) -> anyhow::Result<Option<String>> {
+    let stored = Container::load(Path::new(STATE_DIR).join(container))?;
+    let init = stored.pid().context("the container has no init process")?;
+    let groups = fs::read_to_string(format!("/proc/{init}/cgroup"))?;
+    Ok(below(&groups, &Cgroup::of(container).spec_path()))
+}
+
+/// What a line of /proc/PID/cgroup names below `base`.
+fn below(groups: &str, base: &Path) -> Option<String> {
+    let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let rest = Path::new(path).strip_prefix(base).ok()?.to_str()?;
+    (!rest.is_empty()).then(|| rest.to_owned())
 }
 
 /// Takes over from libcontainer what must happen right before the program runs. What the process leaves
@@ -55,6 +75,14 @@ mod tests {
     use libcontainer::oci_spec::runtime::{
         Capability, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxSeccompBuilder, ProcessBuilder, SpecBuilder,
     };
+
+    #[test]
+    fn an_exec_follows_an_init_that_moved() {
+        let base = Path::new("/vmctr/c1");
+        assert_eq!(below("0::/vmctr/c1\n", base), None);
+        assert_eq!(below("0::/vmctr/c1/init.scope\n", base), Some("init.scope".to_owned()));
+        assert_eq!(below("0::/vmctr/c12/x\n", base), None);
+    }
 
     #[test]
     fn an_exec_has_the_containers_filter_and_falls_back_to_its_capabilities() {

@@ -72,6 +72,8 @@ pub fn main(args: impl Iterator<Item = String>) -> ExitCode {
         return ExitCode::from(125);
     };
     log::forward_to(reporter);
+    // The standard error is the container's.
+    std::panic::set_hook(Box::new(move |panic| reporter.error(&panic.to_string())));
     let outcome = match job.verb.as_str() {
         CREATE => create::create(&job, reporter),
         EXEC => exec::exec(&job, reporter),
