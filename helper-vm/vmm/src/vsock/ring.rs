@@ -13,8 +13,8 @@ use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, VolatileSlice};
 
 use super::packet::{HEADER_LEN, Header};
 
-/// Descriptors of one chain: no more than the largest queue that the device offers may hold. QEMU makes
-/// queues of 1024 at most; 10.0.2 makes them of 128, 10.0.13 as large as it may.
+/// Descriptors of one chain: no more than the largest queue that the device offers may hold. QEMU's own
+/// bound is 1024, and QEMU 10.0.13 asks for just that; a device that offers less is cut off.
 pub(super) const MAX_DESCRIPTORS: usize = 1024;
 
 /// The guest's ring cannot be used any more; only a reset of its driver mends that.
