@@ -82,7 +82,7 @@ mod tests {
 
     #[test]
     fn containerd_sees_the_code_and_the_whole_chain() {
-        let cause = std::num::ParseIntError::from("x".parse::<u8>().unwrap_err());
+        let cause = "x".parse::<u8>().unwrap_err();
         let error = ttrpc::Error::from(TaskError::internal("Cannot count", &cause));
         let ttrpc::Error::RpcStatus(status) = error else { panic!("no status: {error}") };
         assert_eq!(status.code(), ttrpc::Code::INTERNAL);
