@@ -56,7 +56,7 @@ fn a_pause_and_a_resume_are_told(rig: &mut Rig) {
 
 fn an_out_of_memory_kill_is_told(rig: &mut Rig) {
     let events = Events::record(rig);
-    let script = "dd if=/dev/zero of=/dev/null bs=256M count=1; sleep 3600";
+    let script = "dd if=/dev/zero of=/dev/null bs=100M count=1; sleep 3600";
     let run = rig.container("hungry").flag("--memory-limit", (64 << 20).to_string()).sh(script);
     let container = run.detached();
     events.wait(container.id(), "/tasks/oom");

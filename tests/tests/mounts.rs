@@ -138,9 +138,13 @@ fn changes_lie_in_containerds_snapshot(rig: &mut Rig) {
 
 /// Where containerd's overlay snapshotter keeps the changes of a container.
 fn upper_dir(rig: &Rig, id: &str) -> PathBuf {
+    overlay_option(rig, id, "upperdir=")
+}
+
+fn overlay_option(rig: &Rig, id: &str, name: &str) -> PathBuf {
     let mounts = rig.ctr_run(&["snapshots", "mounts", "/mnt", id]).ok().text();
-    let upper = mounts.split([',', ' ']).find_map(|option| option.strip_prefix("upperdir="));
-    PathBuf::from(upper.unwrap_or_else(|| panic!("no upperdir in {mounts}")))
+    let value = mounts.split([',', ' ', '\n']).find_map(|option| option.strip_prefix(name));
+    PathBuf::from(value.unwrap_or_else(|| panic!("no {name} in {mounts}")))
 }
 
 #[test]
@@ -170,12 +174,11 @@ fn an_image_layer_stays_untouched_whatever_the_container_does() {
 
 /// Where containerd's overlay snapshotter keeps the image's only layer.
 fn lower_dir(rig: &Rig) -> PathBuf {
-    let run = rig.container("look").sh("true");
+    let run = rig.container("look").args(["/bin/true"]);
     run.create().ok();
-    let mounts = rig.ctr_run(&["snapshots", "mounts", "/mnt", run.id()]).ok().text();
+    let lower = overlay_option(rig, run.id(), "lowerdir=");
     rig.ctr_run(&["container", "delete", run.id()]).ok();
-    let lower = mounts.split([',', ' ']).find_map(|option| option.strip_prefix("lowerdir="));
-    PathBuf::from(lower.unwrap_or_else(|| panic!("no lowerdir in {mounts}")))
+    lower
 }
 
 #[test]

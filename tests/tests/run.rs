@@ -12,6 +12,7 @@ under_both_runtimes! {
     user_groups_umask_and_hostname_are_those_of_the_specification,
     limits_capabilities_and_no_new_privileges_hold,
     sysctls_and_tmpfs_are_those_of_the_specification,
+    no_signal_is_blocked_or_ignored,
     a_seccomp_filter_holds,
     masked_and_read_only_paths_hold,
     a_program_that_does_not_exist_is_named,
@@ -93,6 +94,15 @@ fn sysctls_and_tmpfs_are_those_of_the_specification(rig: &mut Rig) {
         spec["process"]["args"] = json!(["/bin/sh", "-c", script]);
     });
     run.output().ok().prints("12345\n1\n256\n700\nfull\nnoexec");
+}
+
+fn no_signal_is_blocked_or_ignored(rig: &mut Rig) {
+    let run = rig.container("signals").args(["/bin/grep", "-E", "Sig(Blk|Ign)", "/proc/self/status"]);
+    let output = run.output().ok();
+    let text = output.text();
+    let masks = text.lines().filter_map(|line| u64::from_str_radix(line.split('\t').nth(1)?, 16).ok());
+    // Above 31 are the signals that threading libraries use for themselves.
+    assert_eq!(masks.map(|mask| mask & 0x7fff_ffff).collect::<Vec<_>>(), [0, 0], "{output}");
 }
 
 fn a_seccomp_filter_holds(rig: &mut Rig) {

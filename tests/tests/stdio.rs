@@ -66,7 +66,8 @@ fn a_terminal_has_its_size_and_can_be_resized(rig: &mut Rig) {
 }
 
 fn keys_that_mean_signals_work_on_a_terminal(rig: &mut Rig) {
-    let script = "trap 'echo got INT; exit 6' INT; read line; echo \"read <$line>\"; cat";
+    let script = "trap 'echo got INT; exit 6' INT; read line; echo \"read <$line>\"; \
+                  while :; do sleep 0.1; done";
     let run = rig.container("keys").switch("--tty").sh(script);
     let mut terminal = Terminal::run(&mut run.command(), (80, 24));
     terminal.type_in("hello\n");
@@ -78,15 +79,14 @@ fn keys_that_mean_signals_work_on_a_terminal(rig: &mut Rig) {
 
 fn a_further_process_can_have_a_terminal(rig: &mut Rig) {
     let container = rig.container("base").args(["/bin/sleep", "600"]).detached();
-    let mut exec = container.exec_command("tty", &["--tty"], &["/bin/sh"]);
+    // ctr sets the size after the start, and forwards a new one some time after its own terminal has it.
+    let script = "tty; until stty size 2>&1 | grep '30 90'; do sleep 0.1; done; \
+                  until stty size | grep '50 100'; do sleep 0.1; done; exit 3";
+    let mut exec = container.exec_command("tty", &["--tty"], &["/bin/sh", "-c", script]);
     let mut terminal = Terminal::run(&mut exec, (90, 30));
-    terminal.type_in("stty size; tty\n");
-    terminal.expect("30 90");
     terminal.expect("/dev/pts/");
+    terminal.expect("30 90");
     terminal.resize((100, 50));
-    // ctr forwards the size some time after its own terminal has changed.
-    thread::sleep(Duration::from_millis(300));
-    terminal.type_in("stty size; exit 3\n");
     terminal.expect("50 100");
     assert_eq!(terminal.finish(), 3);
     container.remove();
