@@ -117,9 +117,12 @@ impl OciSpec {
         limits(&resources.unwrap_or_default())
     }
 
-    /// The spec as the guest gets it.
-    pub fn for_guest(&self) -> Result<GuestSpec, OciError> {
+    /// The spec as the guest gets it, for the container with this ID.
+    pub fn for_guest(&self, container_id: &str) -> Result<GuestSpec, OciError> {
         let mut json = self.json.clone();
+        if self.spec.hostname().as_deref().unwrap_or_default().is_empty() {
+            json["hostname"] = hostname(container_id).into();
+        }
         let volumes = volumes::rewrite(&mut json, &self.bundle)?;
         if let Some(object) = json.as_object_mut() {
             object.remove("hooks");
@@ -127,6 +130,13 @@ impl OciSpec {
         add_cgroup_namespace(&mut json);
         Ok(GuestSpec { json: json.to_string().into_bytes(), volumes })
     }
+}
+
+/// A container without a name of its own has the host's under other runtimes; here it would have none.
+fn hostname(container_id: &str) -> String {
+    /// Kernel's `__NEW_UTS_LEN`.
+    const MAX: usize = 64;
+    container_id.chars().take(MAX).collect()
 }
 
 /// A spec without a cgroup namespace means the host's cgroups, which containerd asks for by default on hosts
@@ -188,8 +198,9 @@ mod tests {
     #[test]
     fn the_guest_gets_the_document_without_host_parts() {
         let spec = parse(&minimal()).unwrap();
-        let guest: Value = serde_json::from_slice(&spec.for_guest().unwrap().json).unwrap();
+        let guest: Value = serde_json::from_slice(&spec.for_guest("c1").unwrap().json).unwrap();
         assert!(guest.get("hooks").is_none());
+        assert_eq!(guest["hostname"], "c1");
         assert_eq!(guest["linux"]["unheardOf"]["kept"], true);
         let types: Vec<_> =
             guest["linux"]["namespaces"].as_array().unwrap().iter().map(|ns| ns["type"].clone()).collect();

@@ -89,7 +89,7 @@ fn plan(identity: &Identity, owner: Owner, rootfs: &[Mount]) -> Result<Plan> {
     let upper = upper_choice(&annotations).map_err(|error| invalid(&error))?;
     let root = mounts::plan(rootfs, spec.root_path().as_deref(), &upper).map_err(|error| invalid(&error))?;
     root.check().map_err(|error| invalid(&error))?;
-    let guest = spec.for_guest().map_err(|error| invalid(&error))?;
+    let guest = spec.for_guest(&owner.container_id).map_err(|error| invalid(&error))?;
     let vm = VmSpec::resolve(&identity.config.vm, &spec.limits(), &annotations, &Host::detect())
         .map_err(|error| invalid(&error))?;
     let state = State {

@@ -3,11 +3,15 @@
 //!
 //! ```text
 //!   open(Names)   -> Endpoints   what can fail at once fails here: missing FIFO, log file, logging program
-//!   start(streams)-> ProcessIo   one thread per stream; back-pressure is the kernel's buffers
+//!   start(streams)-> ProcessIo   one thread per output; back-pressure is the kernel's buffers
+//!   open_stdin()                 the process was started: its input begins
 //!   close_stdin()                CloseIO: the process sees the end once the clients have closed too
 //!   drain()                      waits for the output's end, as long as bytes still move
 //!   drop                         calls off whatever still waits
 //! ```
+//!
+//! The input waits for the start because a client that is told of the start late must still get its CloseIO
+//! through: until the FIFO has a reader it cannot write, so it cannot come to its end.
 //!
 //! Threads with blocking calls, not tasks: a FIFO under an async runtime holds up its shutdown.
 
@@ -18,9 +22,10 @@ mod wait;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::mem;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -71,7 +76,7 @@ pub enum StdioError {
 /// containerd's ends, open or checked.
 #[derive(Debug)]
 pub struct Endpoints {
-    stdin: Option<(File, Option<OwnedFd>)>,
+    stdin: Option<PathBuf>,
     stdout: Option<Sink>,
     stderr: Option<Sink>,
     logger: Option<LoggerChild>,
@@ -91,8 +96,19 @@ pub struct Streams {
 /// The running copies of one process.
 #[derive(Debug)]
 pub struct ProcessIo {
-    stdin_keep: Option<OwnedFd>,
+    stdin: Stdin,
     outputs: Outputs,
+}
+
+/// A process's input.
+#[derive(Debug)]
+enum Stdin {
+    /// The process was not started; CloseIO may have come already.
+    Waiting { fifo: PathBuf, stream: UnixStream, closed: bool },
+    /// It is copied; no end before this write end is closed, if there is one.
+    Open { _keep: Option<OwnedFd> },
+    /// There is none, or nothing keeps it open.
+    None,
 }
 
 /// Tells how far a process's output is.
@@ -106,7 +122,7 @@ pub struct Outputs {
 /// Opens containerd's ends for a process of this container. Blocks while a logging program gets ready.
 pub fn open(names: &Names, id: &str, namespace: &str) -> Result<Endpoints, StdioError> {
     let mut endpoints = Endpoints { stdin: None, stdout: None, stderr: None, logger: None };
-    endpoints.stdin = open_stdin(&names.stdin)?;
+    endpoints.stdin = check_stdin(&names.stdin)?;
     let stdout = uri::parse(&names.stdout)?;
     if let Some(Target::Binary(program)) = &stdout {
         let Logger { child, stdout, stderr } =
@@ -127,10 +143,13 @@ fn cannot_open(name: &str) -> impl FnOnce(io::Error) -> StdioError {
     |source| StdioError::Open { name: name.to_owned(), source }
 }
 
-fn open_stdin(name: &str) -> Result<Option<(File, Option<OwnedFd>)>, StdioError> {
+fn check_stdin(name: &str) -> Result<Option<PathBuf>, StdioError> {
     match uri::parse(name)? {
         None => Ok(None),
-        Some(Target::Path(path)) => copy::open_input(&path).map(Some).map_err(cannot_open(name)),
+        Some(Target::Path(path)) => {
+            path.metadata().map_err(cannot_open(name))?;
+            Ok(Some(path))
+        }
         Some(_) => Err(UriError::Scheme(name.to_owned()).into()),
     }
 }
@@ -167,10 +186,9 @@ impl Endpoints {
         let cancel = Cancel::new().map_err(StdioError::Copy)?;
         let progress = Arc::new(AtomicU64::new(0));
         let (done, open) = watch::channel(0);
-        let mut io = ProcessIo { stdin_keep: None, outputs: Outputs { open, progress, cancel } };
-        if let (Some((fifo, keep)), Some(stream)) = (self.stdin, streams.stdin) {
-            io.stdin_keep = keep;
-            io.spawn_input(fifo, stream)?;
+        let mut io = ProcessIo { stdin: Stdin::None, outputs: Outputs { open, progress, cancel } };
+        if let (Some(fifo), Some(stream)) = (self.stdin, streams.stdin) {
+            io.stdin = Stdin::Waiting { fifo, stream, closed: false };
         }
         for (sink, stream) in [(self.stdout, streams.stdout), (self.stderr, streams.stderr)] {
             if let (Some(sink), Some(stream)) = (sink, stream) {
@@ -211,9 +229,25 @@ impl ProcessIo {
         })
     }
 
+    /// The process runs: its input may begin.
+    pub fn open_stdin(&mut self) -> Result<(), StdioError> {
+        let Stdin::Waiting { fifo, stream, closed } = mem::replace(&mut self.stdin, Stdin::None) else {
+            return Ok(());
+        };
+        let failed = |source| StdioError::Open { name: fifo.display().to_string(), source };
+        let (reader, keep) = copy::open_input(&fifo).map_err(failed)?;
+        if !closed {
+            self.stdin = Stdin::Open { _keep: keep };
+        }
+        self.spawn_input(reader, stream)
+    }
+
     /// CloseIO: from now on the input ends when containerd's clients have closed it.
     pub fn close_stdin(&mut self) {
-        self.stdin_keep = None;
+        match &mut self.stdin {
+            Stdin::Waiting { closed, .. } => *closed = true,
+            open => *open = Stdin::None,
+        }
     }
 
     /// For waiting without holding the process.

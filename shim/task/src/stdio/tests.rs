@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -88,6 +88,9 @@ async fn input_ends_after_close_io_and_not_before() {
         &Names { stdin: stdin.clone(), ..Names::default() },
         Streams { stdin: shim, ..Streams::default() },
     );
+    let client = OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(&stdin);
+    assert!(client.is_err(), "the input began before the process");
+    io.open_stdin().unwrap();
     fs::write(&stdin, "hello").unwrap();
     let mut buffer = [0; 5];
     guest.read_exact(&mut buffer).unwrap();
@@ -101,14 +104,26 @@ async fn input_ends_after_close_io_and_not_before() {
 }
 
 #[tokio::test]
+async fn close_io_before_the_start_is_remembered() {
+    let rig = Rig::new();
+    let stdin = rig.fifo("in");
+    let (shim, mut guest) = pair();
+    let mut io = start(&Names { stdin, ..Names::default() }, Streams { stdin: shim, ..Streams::default() });
+    io.close_stdin();
+    io.open_stdin().unwrap();
+    assert_eq!(guest.read(&mut [0]).unwrap(), 0);
+}
+
+#[tokio::test]
 async fn the_input_thread_ends_with_the_process() {
     let rig = Rig::new();
     let stdin = rig.fifo("in");
     let (shim, guest) = pair();
-    let _io = start(
+    let mut io = start(
         &Names { stdin: stdin.clone(), ..Names::default() },
         Streams { stdin: shim, ..Streams::default() },
     );
+    io.open_stdin().unwrap();
     let mut client = OpenOptions::new().write(true).open(&stdin).unwrap();
     guest.shutdown(Shutdown::Both).unwrap();
     drop(guest);

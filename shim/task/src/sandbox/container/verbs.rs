@@ -7,16 +7,17 @@ use containerd_shim::protos::events::task::{
 };
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
+use tracing::warn;
 use vmctr_proto::agent::{CreateExecRequest, ResizePtyRequest, SignalRequest, StatsReply, UpdateRequest};
 
 use super::{CALL_LIMIT, CREATE_LIMIT, Container, SIGKILL};
-use crate::error::{Result, TaskError};
+use crate::error::{Result, TaskError, chain};
 use crate::hooks::{self, Moment};
 use crate::oci;
 use crate::sandbox::agent::CallError;
 use crate::sandbox::request::{ExecRequest, Pid};
 use crate::sandbox::task::{Task, check_exec_id};
-use crate::stdio;
+use crate::stdio::{self, ProcessIo};
 
 /// From SIGKILL to the exit: a guest that takes longer is killed with its container.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
@@ -60,6 +61,10 @@ impl Container {
         task.guest_pid = guest_pid;
         task.process.started();
         let size = task.size;
+        let input = task.io.as_mut().map_or(Ok(()), ProcessIo::open_stdin);
+        if let Err(error) = input {
+            warn!(exec_id, "{}", chain(&error));
+        }
         self.publish_start(exec_id);
         if exec_id.is_empty() {
             hooks::run_all(&self.hooks, Moment::PostStart, &self.hook_state("running")).await;
