@@ -1,5 +1,7 @@
 //! Folders and files: the image, the changes to it, and what is mounted from the host.
 
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
