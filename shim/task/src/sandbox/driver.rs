@@ -181,7 +181,9 @@ impl Live {
                 self.take_waiting_events();
                 self.container.vm_ended(&reason).await;
             }
-            Step::KillOverdue => self.container.vm_ended("it does not obey SIGKILL").await,
+            Step::KillOverdue => {
+                self.container.vm_ended("The guest does not end the container after SIGKILL").await
+            }
             Step::Request(_) | Step::End => {}
         }
     }

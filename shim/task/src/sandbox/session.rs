@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, spawn_blocking};
 use tokio::time::timeout;
 use tracing::{Instrument, info};
-use vmctr_fileshare::share::ShareSpec;
+use vmctr_fileshare::share::{Exit, ShareSpec};
 use vmctr_proto::agent::{MountShareRequest, Stdio};
 use vmctr_proto::{guest_paths::SHARE_TAG, ports};
 use vmctr_vmm::accel::{self, AccelError};
@@ -37,6 +37,9 @@ use crate::stdio::Streams;
 
 const MOUNT_LIMIT: Duration = Duration::from_secs(30);
 const DIAL_LIMIT: Duration = Duration::from_secs(10);
+
+/// Between the end of the share daemon and that of the VM that caused it.
+const CAUSE_GRACE: Duration = Duration::from_millis(500);
 
 /// What a session is made of.
 #[derive(Debug)]
@@ -151,7 +154,7 @@ impl Session {
         };
         let vm = tokio::select! {
             vm = Vm::start(start) => vm?,
-            reason = share.ended() => return Err(CallError::Ended(reason).into()),
+            exit = share.ended() => return Err(CallError::Ended(share_ended(exit)).into()),
         };
         steps.add(
             vm.phases().iter().map(|phase| Step { name: phase.phase.as_str(), duration: phase.duration }),
@@ -286,15 +289,28 @@ impl Session {
 /// Turns the end of the VM or of the share daemon into the session's.
 fn watch(vm: Vm, share: ShareDaemon, end: EndSignal) -> AbortHandle {
     let watch = async move {
-        end.set(tokio::select! {
-            state = vm.ended() => match state {
-                VmState::Failed(reason) => reason,
-                other => format!("The VM is {other}"),
-            },
-            reason = share.ended() => reason,
-        });
+        let reason = tokio::select! {
+            state = vm.ended() => vm_ended(state),
+            exit = share.ended() => {
+                // QEMU's end also ends the daemon, which is the faster one to be seen.
+                let cause = timeout(CAUSE_GRACE, vm.ended()).await;
+                cause.map_or_else(|_| share_ended(exit), vm_ended)
+            }
+        };
+        end.set(reason);
     };
     tokio::spawn(watch.in_current_span()).abort_handle()
+}
+
+fn vm_ended(state: VmState) -> String {
+    match state {
+        VmState::Failed(reason) => reason,
+        other => format!("The VM is {other}"),
+    }
+}
+
+fn share_ended(exit: Exit) -> String {
+    format!("The share daemon ended ({exit})")
 }
 
 async fn find(config: &Config) -> Result<(GuestAssets, Qemu), SessionError> {

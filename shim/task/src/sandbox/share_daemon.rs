@@ -11,7 +11,7 @@ use std::thread;
 use tokio::io::unix::AsyncFd;
 use tokio::task::spawn_blocking;
 use tracing::{Span, debug, error, info, trace, warn};
-use vmctr_fileshare::share::{Fsd, ShareSpec, SpawnError, spawn};
+use vmctr_fileshare::share::{Exit, Fsd, ShareSpec, SpawnError, spawn};
 use vmctr_vmm::binaries::{self, BinaryError};
 
 use crate::sys;
@@ -73,12 +73,12 @@ impl ShareDaemon {
         self.0.fsd.pid()
     }
 
-    /// Returns with the reason when the daemon has ended.
-    pub async fn ended(&self) -> String {
-        match self.0.pidfd.readable().await {
-            Ok(_) => format!("The share daemon ended ({})", self.0.fsd.wait()),
-            Err(error) => format!("The share daemon cannot be watched: {error}"),
-        }
+    /// Returns how the daemon has ended, when it has.
+    pub async fn ended(&self) -> Exit {
+        // A descriptor that cannot be watched is as bad as a daemon that is gone.
+        let _ = self.0.pidfd.readable().await;
+        let fsd = self.0.clone();
+        spawn_blocking(move || fsd.fsd.wait()).await.unwrap_or(Exit::Unknown)
     }
 
     /// Kills it and waits for its end. Blocks for a moment.
