@@ -132,7 +132,11 @@ pub struct Container<'rig> {
     id: String,
 }
 
-impl Container<'_> {
+impl<'rig> Container<'rig> {
+    pub(super) fn of(rig: &'rig Rig, id: &str) -> Self {
+        Self { rig, id: id.to_owned() }
+    }
+
     /// Its ID.
     pub fn id(&self) -> &str {
         &self.id

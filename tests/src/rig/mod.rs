@@ -23,6 +23,7 @@ pub mod scope;
 pub mod slots;
 pub mod stream;
 pub mod terminal;
+pub mod vm;
 
 use std::cell::RefCell;
 use std::ffi::OsString;
@@ -31,7 +32,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use command::Output;
-use container::Run;
+use container::{Container, Run};
 use containerd::Containerd;
 use scope::{Scope, shim_socket};
 use serde_json::{Value, json};
@@ -119,7 +120,12 @@ impl Rig {
         &self.daemon
     }
 
-    /// Stops containerd and starts it again; shims live on.
+    /// Stops containerd; shims live on.
+    pub fn stop_containerd(&mut self) {
+        self.daemon.stop();
+    }
+
+    /// Stops containerd, if it runs, and starts it again; shims live on.
     pub fn restart_containerd(&mut self) {
         self.daemon.restart();
     }
@@ -165,6 +171,11 @@ impl Rig {
         let file = self.folder().join(format!("spec-{name}.json"));
         fs::write(&file, spec.to_string()).expect("the test's folder is writable");
         Run::from_spec(self, id, &file)
+    }
+
+    /// A container that is there already.
+    pub fn existing(&self, id: &str) -> Container<'_> {
+        Container::of(self, id)
     }
 
     /// `ctr` for this containerd.
