@@ -22,6 +22,7 @@ mod qmp;
 pub mod run_dir;
 mod spawn;
 pub mod spec;
+mod tsc;
 pub mod vm;
 pub mod vsock;
 

@@ -1,10 +1,12 @@
 //! Starting QEMU: the sockets between it and this process, its command line, its jail.
 
 use std::fs::{self, File};
-use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::{io, process};
 
+use tokio::net::UnixStream;
 use tokio::process::Command;
 use vmctr_proto::{GuestCid, ports};
 
@@ -16,9 +18,10 @@ use crate::binaries;
 use crate::console::{Console, Speaker};
 use crate::guest_files::GuestFiles;
 use crate::jail::{FIRST_FD, JailSpec, Limits, prefix_outside_usr};
-use crate::qemu::command::{QemuFds, arguments};
+use crate::qemu::command::{Engine, QemuFds, arguments};
 use crate::run_dir::RunDir;
 use crate::spawn::spawn;
+use crate::tsc::Reading;
 use crate::vsock::{Listener, VsockHost};
 
 const JAIL: &str = "vmctr-jail";
@@ -27,7 +30,7 @@ const JAIL: &str = "vmctr-jail";
 pub(super) struct Launched {
     pub qemu: QemuProcess,
     pub pid: u32,
-    pub qmp: tokio::net::UnixStream,
+    pub qmp: UnixStream,
     pub vsock: VsockHost,
     /// Takes the agent's one connect; in place before the guest can make it.
     pub ready: Listener,
@@ -35,84 +38,86 @@ pub(super) struct Launched {
     pub guest_files: GuestFiles,
 }
 
-/// QEMU's ends of its connections. Their order is the order of their numbers in QEMU.
-struct QemuEnds {
-    fds: Vec<OwnedFd>,
-    numbers: QemuFds,
-}
-
+/// Starts QEMU in its jail. When this returns, QEMU may have failed already; its exit status tells.
 pub(super) async fn launch(start: &mut VmStart) -> Result<Launched, VmError> {
     let jail = binaries::find(JAIL)?;
-    let (qmp, qemu_qmp) = socketpair()?;
-    let (console, qemu_console) = socketpair()?;
+    let tsc = Reading::take();
+    let guest_files = copy_guest_files(&start.assets).await?;
+
+    let mut passed = PassedFds::default();
+    let (qmp, qmp_number) = passed.connected()?;
+    let (console, console_number) = passed.connected()?;
     let (vsock, qemu_vsock) = serve_vsock(&start.run_dir)?;
     let ready = vsock.listen(ports::READY).map_err(io::Error::other).map_err(host("listen for the guest"))?;
-    let kvm = match start.accelerator {
-        Accelerator::Kvm => Some(open_kvm()?),
-        Accelerator::Tcg => None,
+    let fds = QemuFds {
+        qmp: qmp_number,
+        console: console_number,
+        vsock: passed.add(qemu_vsock),
+        share: start.share.take().map(|share| passed.add(share)),
     };
-    let guest_files = copy_guest_files(&start.assets).await?;
-    let guest = guest_files.mount().try_clone_to_owned().map_err(host("pass the guest's files on"))?;
-    let mut ends =
-        QemuEnds::new(qemu_qmp.into(), qemu_console.into(), qemu_vsock.into(), start.share.take(), kvm);
-    let mut command = Command::new(jail);
-    command.arg(jail_argument(start, &ends, guest.as_raw_fd())?).env_clear();
-    ends.fds.push(guest);
-    let mut child = spawn(command, ends.fds).await.map_err(host("start vmctr-jail"))?;
-    let gone = || host("learn QEMU's process ID")(io::Error::other("it is gone already"));
-    let pid = child.id().ok_or_else(gone)?;
-    let stderr =
-        child.stderr.take().ok_or_else(|| host("read QEMU's stderr")(io::Error::other("no pipe")))?;
-    let console = Console::forward(tokio_stream(console)?, Speaker::Guest);
-    let stderr = Console::forward(stderr, Speaker::Qemu);
-    Ok(Launched {
-        qemu: QemuProcess { child, console, stderr },
-        pid,
-        qmp: tokio_stream(qmp)?,
-        vsock,
-        ready,
-        guest_files,
-    })
+    let engine = match start.accelerator {
+        Accelerator::Kvm => Engine::Kvm { device: passed.add(open_kvm()?) },
+        Accelerator::Tcg => Engine::Tcg { tsc_khz: tsc.khz_until_now().await },
+    };
+    let arguments = arguments(&start.spec, engine, fds);
+    let (qemu, pid) = spawn_jailed(&jail, start, arguments, passed, &guest_files, console).await?;
+    Ok(Launched { qemu, pid, qmp, vsock, ready, guest_files })
 }
 
-impl QemuEnds {
-    fn new(
-        qmp: OwnedFd,
-        console: OwnedFd,
-        vsock: OwnedFd,
-        share: Option<OwnedFd>,
-        kvm: Option<OwnedFd>,
-    ) -> Self {
-        let mut fds = vec![];
-        let mut number = |fd: OwnedFd| {
-            let number = FIRST_FD + fds.len() as i32;
-            fds.push(fd);
-            number
+/// Descriptors that QEMU inherits. Their order is the order of their numbers in QEMU.
+#[derive(Default)]
+struct PassedFds(Vec<OwnedFd>);
+
+impl PassedFds {
+    /// The number in QEMU.
+    fn add(&mut self, fd: impl Into<OwnedFd>) -> i32 {
+        self.0.push(fd.into());
+        (FIRST_FD..).nth(self.0.len() - 1).unwrap_or(i32::MAX)
+    }
+
+    /// A stream whose other end QEMU gets, under the number.
+    fn connected(&mut self) -> Result<(UnixStream, i32), VmError> {
+        let pair = || {
+            let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+            ours.set_nonblocking(true)?;
+            Ok((UnixStream::from_std(ours)?, theirs))
         };
-        let numbers = QemuFds {
-            qmp: number(qmp),
-            console: number(console),
-            vsock: number(vsock),
-            share: share.map(&mut number),
-            kvm: kvm.map(&mut number),
-        };
-        Self { fds, numbers }
+        let (ours, theirs) = pair().map_err(host("make a socket pair"))?;
+        Ok((ours, self.add(theirs)))
     }
 }
 
-/// The jail's description. The numbers are those of descriptors in this process, which the jail inherits.
-fn jail_argument(start: &VmStart, ends: &QemuEnds, guest: RawFd) -> Result<String, VmError> {
+async fn spawn_jailed(
+    jail: &Path,
+    start: &VmStart,
+    arguments: Vec<String>,
+    passed: PassedFds,
+    guest_files: &GuestFiles,
+    console: UnixStream,
+) -> Result<(QemuProcess, u32), VmError> {
+    let PassedFds(mut fds) = passed;
+    let guest = guest_files.mount().try_clone_to_owned().map_err(host("pass the guest's files on"))?;
     let spec = JailSpec {
         parent: process::id(),
         first_uid: start.jail.first_uid,
         program: start.qemu.path().to_owned(),
         prefix: prefix_outside_usr(start.qemu.path()),
-        args: arguments(&start.spec, start.accelerator, ends.numbers),
-        guest,
-        fds: ends.fds.iter().map(|fd| fd.as_raw_fd()).collect(),
+        args: arguments,
+        guest: guest.as_raw_fd(),
+        fds: fds.iter().map(|fd| fd.as_raw_fd()).collect(),
         limits: Limits::for_vm(&start.spec),
     };
-    serde_json::to_string(&spec).map_err(io::Error::from).map_err(host("describe QEMU's jail"))
+    fds.push(guest);
+    let spec = serde_json::to_string(&spec).map_err(io::Error::from).map_err(host("describe QEMU's jail"))?;
+    let mut command = Command::new(jail);
+    command.arg(spec).env_clear();
+    let mut child = spawn(command, fds).await.map_err(host("start vmctr-jail"))?;
+    let (Some(pid), Some(stderr)) = (child.id(), child.stderr.take()) else {
+        return Err(host("watch vmctr-jail")(io::Error::other("it has no process ID or no stderr")));
+    };
+    let console = Console::forward(console, Speaker::Guest);
+    let stderr = Console::forward(stderr, Speaker::Qemu);
+    Ok((QemuProcess { child, console, stderr }, pid))
 }
 
 async fn copy_guest_files(assets: &GuestAssets) -> Result<GuestFiles, VmError> {
@@ -122,10 +127,10 @@ async fn copy_guest_files(assets: &GuestAssets) -> Result<GuestFiles, VmError> {
 }
 
 /// The vsock device listens on a socket file only until QEMU's end is connected.
-fn serve_vsock(run_dir: &RunDir) -> Result<(VsockHost, UnixStream), VmError> {
+fn serve_vsock(run_dir: &RunDir) -> Result<(VsockHost, OwnedFd), VmError> {
     let path = run_dir.path().join("vhost-vsock.sock");
     let connected = UnixListener::bind(&path).and_then(|listener| {
-        let client = UnixStream::connect(&path);
+        let client = std::os::unix::net::UnixStream::connect(&path);
         fs::remove_file(&path)?;
         Ok((listener, client?))
     });
@@ -133,23 +138,12 @@ fn serve_vsock(run_dir: &RunDir) -> Result<(VsockHost, UnixStream), VmError> {
     let vsock = VsockHost::spawn(GuestCid::DEFAULT, listener)
         .map_err(io::Error::other)
         .map_err(host("start the vsock device"))?;
-    Ok((vsock, client))
+    Ok((vsock, client.into()))
 }
 
 fn open_kvm() -> Result<OwnedFd, VmError> {
     let kvm = File::options().read(true).write(true).open("/dev/kvm");
     kvm.map(OwnedFd::from).map_err(host("open /dev/kvm"))
-}
-
-fn socketpair() -> Result<(UnixStream, UnixStream), VmError> {
-    UnixStream::pair().map_err(host("make a socket pair"))
-}
-
-fn tokio_stream(stream: UnixStream) -> Result<tokio::net::UnixStream, VmError> {
-    stream
-        .set_nonblocking(true)
-        .and_then(|()| tokio::net::UnixStream::from_std(stream))
-        .map_err(host("use a socket pair"))
 }
 
 fn host(action: &'static str) -> impl FnOnce(io::Error) -> VmError {
