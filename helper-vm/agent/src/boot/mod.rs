@@ -23,10 +23,10 @@ use anyhow::Context;
 pub fn boot() -> anyhow::Result<()> {
     mounts::early().context("mounting /proc, /sys and /dev")?;
     console::attach().context("opening the console")?;
+    limits::set_up().context("changing kernel settings")?;
     modules::load_all().context("loading kernel modules")?;
     mounts::leave_rootfs().context("moving from the initramfs to a tmpfs")?;
     mounts::rest().context("mounting the guest's file systems")?;
     cgroups::set_up().context("setting up control groups")?;
-    limits::set_up().context("setting PID 1's limits")?;
     crate::sys::loopback_up().context("bringing the loopback interface up")
 }
