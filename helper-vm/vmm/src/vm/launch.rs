@@ -123,7 +123,10 @@ async fn spawn_jailed(
 async fn copy_guest_files(assets: &GuestAssets) -> Result<GuestFiles, VmError> {
     let (kernel, initramfs) = (assets.kernel(), assets.initramfs());
     let copied = tokio::task::spawn_blocking(move || GuestFiles::copy([&kernel, &initramfs])).await;
-    copied.map_err(io::Error::other).flatten().map_err(host("copy the guest's kernel and initramfs to a tmpfs, which needs root"))
+    copied
+        .map_err(io::Error::other)
+        .flatten()
+        .map_err(host("copy the guest's kernel and initramfs to a tmpfs, which needs root"))
 }
 
 /// The vsock device listens on a socket file only until QEMU's end is connected.
