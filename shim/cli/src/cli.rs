@@ -22,7 +22,7 @@ Exit codes:
 
 /// Containers that each run behind their own kernel: look at them, check this host, build the guest.
 #[derive(Debug, Parser)]
-#[command(name = "vmctr", version, after_help = EXIT_CODES, arg_required_else_help = true)]
+#[command(name = "vmctr", version, after_help = EXIT_CODES, arg_required_else_help = true, args_override_self = true)]
 pub struct Cli {
     /// Flags of the whole program.
     #[command(flatten)]
@@ -133,6 +133,12 @@ mod tests {
         let cli = Cli::try_parse_from(["vmctr", "-a", "/x", "-n", "k8s.io", "ps"]).unwrap();
         assert_eq!((cli.globals.address.as_str(), cli.globals.namespace.as_str()), ("/x", "k8s.io"));
         assert!(Cli::try_parse_from(["vmctr", "ps", "-n", "k8s.io"]).is_err());
+    }
+
+    #[test]
+    fn the_last_of_repeated_flags_counts() {
+        let cli = Cli::try_parse_from(["vmctr", "-n", "a", "-n", "b", "ps"]).unwrap();
+        assert_eq!(cli.globals.namespace, "b");
     }
 
     #[test]
