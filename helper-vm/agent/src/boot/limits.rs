@@ -3,6 +3,8 @@
 use std::fs;
 use std::io;
 
+use rustix::process::{Resource, Rlimit, setrlimit};
+
 /// (file, value)
 const SETTINGS: [(&str, &str); 4] = [
     // Mounting, unmounting and moving between groups wait for RCU, which here is most of their time.
@@ -15,8 +17,13 @@ const SETTINGS: [(&str, &str); 4] = [
     ("/proc/sys/fs/nr_open", "1073741816"),
 ];
 
+/// Open files of PID 1: each process with streams takes six. Containers without a limit of their own have
+/// the same.
+const OPEN_FILES: u64 = 1 << 16;
+
 /// Writes the settings.
 pub fn set_up() -> io::Result<()> {
+    setrlimit(Resource::Nofile, Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) })?;
     for (file, value) in SETTINGS {
         fs::write(file, value).map_err(|error| io::Error::new(error.kind(), format!("{file}: {error}")))?;
     }

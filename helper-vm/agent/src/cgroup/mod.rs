@@ -119,16 +119,13 @@ impl Cgroup {
 
     /// Kills everything in the group and below, frozen or not, and waits until it is gone.
     pub async fn kill_and_wait(&self) -> Result<()> {
-        if !self.dir.exists() {
-            return Ok(());
-        }
         self.kill()?;
-        self.settle("die", || Ok(self.field("cgroup.events", "populated")? == 0)).await
+        self.settle("die", || Ok(!self.dir.exists() || self.field("cgroup.events", "populated")? == 0)).await
     }
 
-    /// SIGKILL to everything in the group and below.
+    /// SIGKILL to everything in the group and below; a group that is gone holds nothing.
     pub fn kill(&self) -> Result<()> {
-        self.write("cgroup.kill", "1")
+        if self.dir.exists() { self.write("cgroup.kill", "1") } else { Ok(()) }
     }
 
     /// Sends a signal to everything in the group and below.

@@ -31,7 +31,7 @@ pub struct Container {
     pub frozen: bool,
     /// Being deleted: nothing new begins.
     pub deleting: bool,
-    /// Told whenever a process of this container has ended.
+    /// Told whenever a process of this container has ended, or could not be built.
     pub exited: Arc<Notify>,
     /// Execs ever registered: names their files.
     registered: u64,
@@ -100,9 +100,10 @@ impl Container {
         self.execs.iter().find(|(_, exec)| exec.state.pid() == Some(pid)).map(|(name, _)| Some(name.clone()))
     }
 
-    /// Whether nothing of it is alive.
+    /// Whether nothing of it is alive or about to be.
     pub fn is_dead(&self) -> bool {
-        self.init.pid().is_none() && self.execs.values().all(|exec| exec.state.pid().is_none())
+        let over = |exec: &Exec| exec.state.is_over();
+        self.init.pid().is_none() && self.execs.values().all(over)
     }
 
     /// Whether the OOM killer struck since the last call.

@@ -72,16 +72,17 @@ fn finish(guest: &mut Guest, id: &ContainerId, gone: bool) {
 }
 
 async fn end(guest: &Handle, id: &ContainerId, name: &str, exited: &Notify) -> Result<()> {
-    Cgroup::of(name).kill_and_wait().await?;
-    all_reaped(guest, id, exited).await?;
+    all_reaped(guest, id, &Cgroup::of(name), exited).await?;
     tear_down(name).await
 }
 
-/// The exit events come before the container is forgotten.
-async fn all_reaped(guest: &Handle, id: &ContainerId, exited: &Notify) -> Result<()> {
+/// The exit events come before the container is forgotten, and no exec is half-built when it is.
+async fn all_reaped(guest: &Handle, id: &ContainerId, cgroup: &Cgroup, exited: &Notify) -> Result<()> {
     let deadline = Instant::now() + REAP_TIME;
     loop {
         let next = exited.notified();
+        // Each time anew: an exec may have joined the group meanwhile.
+        cgroup.kill()?;
         let asked = id.clone();
         if guest.call(move |guest| guest.container(&asked).map(|container| container.is_dead())).await? {
             return Ok(());

@@ -108,8 +108,12 @@ fn adopt(guest: &mut Guest, id: &ProcessId, outcome: Result<(Launch, Pid)>) -> R
     let (launch, pid) = match outcome {
         Ok(built) => built,
         Err(error) => {
-            // A container deleted meanwhile took the exec with it.
-            let _ = guest.state(id).map(State::failed);
+            if let Ok(state) = guest.state(id) {
+                state.failed().map_err(not_started(id))?;
+            }
+            if let Ok(container) = guest.container(&id.container) {
+                container.exited.notify_waiters();
+            }
             return Err(error);
         }
     };
