@@ -105,6 +105,11 @@ impl Rig {
         self.runtime
     }
 
+    /// What marks all that belongs to the test.
+    pub fn tag(&self) -> &str {
+        self.scope.tag()
+    }
+
     /// The test's folder.
     pub fn folder(&self) -> &Path {
         self.scope.folder()

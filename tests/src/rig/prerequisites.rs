@@ -3,6 +3,9 @@
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::command;
 
 /// Folder with the release binaries: `VMCTR_BIN_DIR`, else `target/release` of this tree.
 pub fn bin_dir() -> PathBuf {
@@ -20,6 +23,12 @@ pub fn debian_image() -> PathBuf {
     let path = env::var_os("VMCTR_TEST_IMAGE").map_or_else(default, PathBuf::from);
     assert!(path.is_file(), "no image archive at {}; `make image` builds it", path.display());
     path
+}
+
+/// The kernel package that guests are built from.
+pub fn kernel_package() -> PathBuf {
+    let output = command::run(&mut Command::new(workspace().join("scripts/fetch-kernel"))).ok();
+    PathBuf::from(output.text().trim())
 }
 
 /// One of the project's binaries.

@@ -10,6 +10,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWriteExt;
@@ -152,10 +153,7 @@ impl Session {
             share: socket,
             boot_timeout: config.vm.boot_timeout_seconds.duration(),
         };
-        let vm = tokio::select! {
-            vm = Vm::start(start) => vm?,
-            exit = share.ended() => return Err(CallError::Ended(share_ended(exit)).into()),
-        };
+        let vm = start_vm(start, &share).await?;
         steps.add(
             vm.phases().iter().map(|phase| Step { name: phase.phase.as_str(), duration: phase.duration }),
         );
@@ -283,6 +281,20 @@ impl Session {
         if let Ok(Err(error)) = stopped.await {
             tracing::error!("{}", crate::error::chain(&error));
         }
+    }
+}
+
+/// Starts the VM while the share daemon lives. QEMU's end also ends the daemon, which is the faster one to be
+/// seen: the VM's own reason is then the true one.
+async fn start_vm(start: VmStart, share: &ShareDaemon) -> Result<Vm, SessionError> {
+    let mut starting = pin!(Vm::start(start));
+    let exit = tokio::select! {
+        vm = &mut starting => return Ok(vm?),
+        exit = share.ended() => exit,
+    };
+    match timeout(CAUSE_GRACE, starting).await {
+        Ok(Err(error)) => Err(error.into()),
+        _ => Err(CallError::Ended(share_ended(exit)).into()),
     }
 }
 
