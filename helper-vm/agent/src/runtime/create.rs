@@ -48,6 +48,9 @@ fn make_working_directory(dir: &Path) -> anyhow::Result<()> {
     let spec = Spec::load(dir.join("config.json"))?;
     let Some(process) = spec.process() else { return Ok(()) };
     let cwd = process.cwd();
+    if cwd == Path::new("/") {
+        return Ok(());
+    }
     if spec.mounts().iter().flatten().any(|mount| cwd.starts_with(mount.destination())) {
         return Ok(());
     }
