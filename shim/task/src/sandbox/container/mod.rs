@@ -22,6 +22,7 @@ use super::driver::Identity;
 use super::process::{Exit, Phase};
 use super::request::{Deleted, StateReply, no_container};
 use super::session::Session;
+use super::steps::Steps;
 use super::task::Task;
 use crate::error::{Result, TaskError};
 use crate::hooks::State;
@@ -42,6 +43,8 @@ pub struct Container {
     tasks: BTreeMap<String, Task>,
     hooks: Hooks,
     state: State,
+    /// Of its start.
+    steps: Steps,
     kill_deadline: Option<Instant>,
     last_oom: Option<Instant>,
 }
@@ -52,6 +55,7 @@ impl Container {
         Self {
             identity: identity.clone(),
             pid: session.pid(),
+            steps: session.steps().clone(),
             session: Some(session),
             tasks: BTreeMap::new(),
             hooks,
@@ -105,6 +109,16 @@ impl Container {
     /// The VM, for those who cannot do without.
     pub fn session_mut(&mut self) -> Result<&mut Session> {
         self.session.as_mut().ok_or_else(vm_gone)
+    }
+
+    /// The parts of its start, in order.
+    pub fn steps(&self) -> &Steps {
+        &self.steps
+    }
+
+    /// It is prepared, which was the last part's doing.
+    pub fn prepared(&mut self) {
+        self.steps.end("create");
     }
 
     /// When a SIGKILL that was sent must have shown effect.
