@@ -1,10 +1,14 @@
 //! containerd's task API for what `ctr` has no verb for or does not print.
 
 use std::future::Future;
+use std::time::{Duration, Instant};
 
 use containerd_client::Client;
-use containerd_client::services::v1::{DeleteTaskRequest, UpdateTaskRequest};
+use containerd_client::events::TaskExit;
+use containerd_client::services::v1::{DeleteTaskRequest, KillRequest, SubscribeRequest, UpdateTaskRequest};
 use containerd_client::tonic::{Request, Status, metadata::MetadataValue};
+use containerd_client::types::Envelope;
+use prost::Message;
 use prost_types::Any;
 use serde_json::Value;
 
@@ -34,6 +38,40 @@ pub fn delete(rig: &Rig, id: &str) -> Result<(u32, i64), Status> {
         let reply = client.tasks().delete(in_namespace(request)).await?.into_inner();
         Ok((reply.exit_status, reply.exited_at.map_or(0, |time| time.seconds)))
     })
+}
+
+/// Deletes a stopped task; how long that took.
+pub fn timed_delete(rig: &Rig, id: &str) -> Result<Duration, Status> {
+    let request = DeleteTaskRequest { container_id: id.to_owned() };
+    block_on(async {
+        let client = Client::from_path(rig.daemon().address()).await.expect("containerd answers");
+        let began = Instant::now();
+        client.tasks().delete(in_namespace(request)).await?;
+        Ok(began.elapsed())
+    })
+}
+
+/// Sends SIGKILL to a container's first process; how long its exit event took to come.
+pub fn kill(rig: &Rig, id: &str) -> Result<Duration, Status> {
+    const SIGKILL: u32 = 9;
+    let exits = SubscribeRequest { filters: vec![r#"topic=="/tasks/exit""#.to_owned()] };
+    let request = KillRequest { container_id: id.to_owned(), signal: SIGKILL, ..KillRequest::default() };
+    block_on(async {
+        let client = Client::from_path(rig.daemon().address()).await.expect("containerd answers");
+        let mut events = client.events().subscribe(exits).await?.into_inner();
+        let began = Instant::now();
+        client.tasks().kill(in_namespace(request)).await?;
+        while let Some(event) = events.message().await? {
+            if exited(&event).is_some_and(|exit| exit.container_id == id) {
+                return Ok(began.elapsed());
+            }
+        }
+        Err(Status::aborted("containerd sends no more events"))
+    })
+}
+
+fn exited(event: &Envelope) -> Option<TaskExit> {
+    TaskExit::decode(event.event.as_ref()?.value.as_slice()).ok()
 }
 
 fn in_namespace<T>(message: T) -> Request<T> {
