@@ -4,11 +4,8 @@ use std::future::Future;
 use std::time::{Duration, Instant};
 
 use containerd_client::Client;
-use containerd_client::events::TaskExit;
-use containerd_client::services::v1::{DeleteTaskRequest, KillRequest, SubscribeRequest, UpdateTaskRequest};
+use containerd_client::services::v1::{DeleteTaskRequest, KillRequest, UpdateTaskRequest, WaitRequest};
 use containerd_client::tonic::{Request, Status, metadata::MetadataValue};
-use containerd_client::types::Envelope;
-use prost::Message;
 use prost_types::Any;
 use serde_json::Value;
 
@@ -51,27 +48,19 @@ pub fn timed_delete(rig: &Rig, id: &str) -> Result<Duration, Status> {
     })
 }
 
-/// Sends SIGKILL to a container's first process; how long its exit event took to come.
+/// Sends SIGKILL to a container's first process; how long until containerd knew of its exit.
 pub fn kill(rig: &Rig, id: &str) -> Result<Duration, Status> {
     const SIGKILL: u32 = 9;
-    let exits = SubscribeRequest { filters: vec![r#"topic=="/tasks/exit""#.to_owned()] };
     let request = KillRequest { container_id: id.to_owned(), signal: SIGKILL, ..KillRequest::default() };
+    let exit = WaitRequest { container_id: id.to_owned(), ..WaitRequest::default() };
     block_on(async {
         let client = Client::from_path(rig.daemon().address()).await.expect("containerd answers");
-        let mut events = client.events().subscribe(exits).await?.into_inner();
+        let (mut waiting, mut killing) = (client.tasks(), client.tasks());
         let began = Instant::now();
-        client.tasks().kill(in_namespace(request)).await?;
-        while let Some(event) = events.message().await? {
-            if exited(&event).is_some_and(|exit| exit.container_id == id) {
-                return Ok(began.elapsed());
-            }
-        }
-        Err(Status::aborted("containerd sends no more events"))
+        let (exited, killed) =
+            tokio::join!(waiting.wait(in_namespace(exit)), killing.kill(in_namespace(request)));
+        killed.and(exited).map(|_| began.elapsed())
     })
-}
-
-fn exited(event: &Envelope) -> Option<TaskExit> {
-    TaskExit::decode(event.event.as_ref()?.value.as_slice()).ok()
 }
 
 fn in_namespace<T>(message: T) -> Request<T> {

@@ -1,8 +1,8 @@
 //! What a program that uses a rig does when it is told to end: everything of the rig goes with it.
 //!
 //! ```text
-//!   SIGINT, SIGTERM, SIGHUP ──> watcher: kills all that carries the rig's tag, again and again
-//!                                  └──> the program's next command fails ──> it unwinds ──> the rig wipes the rest
+//!   SIGINT, SIGTERM, SIGHUP, time limit ──> watcher: kills all that carries the rig's tag, again and again
+//!     └──> the program's next command fails ──> it unwinds ──> the rig wipes the rest
 //! ```
 //!
 //! Tests have no need of it: whoever interrupts them sees to what they leave.
@@ -11,16 +11,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::alarm;
 
 use super::command::POLL;
 use super::scope;
 
 static HAPPENED: AtomicBool = AtomicBool::new(false);
 
-/// Signals that end the program, from now on only through [`watch`]: to be called before any thread is started.
-pub fn hold_back() -> SigSet {
-    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
+/// Signals that end the program, from now on only through [`watch`], and one of them comes after so many seconds.
+/// To be called before any thread is started.
+pub fn hold_back(limit: u32) -> SigSet {
+    let ends = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGALRM];
+    let signals: SigSet = ends.into_iter().collect();
     signals.thread_block().expect("the set is valid");
+    alarm::set(limit);
     signals
 }
 
@@ -28,7 +32,8 @@ pub fn hold_back() -> SigSet {
 pub fn watch(signals: SigSet, tag: &str) {
     let tag = tag.to_owned();
     thread::spawn(move || {
-        signals.wait().expect("the set is valid");
+        let signal = signals.wait().expect("the set is valid");
+        eprintln!("{}: ending", if signal == Signal::SIGALRM { "Too late" } else { signal.as_str() });
         HAPPENED.store(true, Ordering::Relaxed);
         loop {
             scope::kill_all(&tag);

@@ -37,6 +37,9 @@ use vmctr_tests::rig::{Rig, interrupt};
 use bench::Bench;
 use results::Results;
 
+/// Something hangs when it takes so long.
+const LIMIT_SECONDS: u32 = 45 * 60;
+
 /// Measures containers under vmctr, and under runc beside it.
 #[derive(Parser)]
 struct Arguments {
@@ -76,7 +79,7 @@ impl Benchmark {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let signals = interrupt::hold_back();
+    let signals = interrupt::hold_back(LIMIT_SECONDS);
     // A panic ends the thread only, and with it the rig.
     let done = thread::spawn(move || run(&arguments, signals)).join();
     match done {

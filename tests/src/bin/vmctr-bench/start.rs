@@ -15,13 +15,6 @@ use super::results::Unit::Seconds;
 
 const NAME: &str = "start";
 
-/// `ctr run --rm`, seen from outside.
-struct Seen {
-    began: SystemTime,
-    output: Duration,
-    end: Duration,
-}
-
 pub fn measure(bench: &mut Bench) {
     let repeats = bench.repeats(10);
     bench.alternate(NAME, repeats, one);
@@ -42,20 +35,20 @@ fn one(bench: &mut Bench, subject: &'static Subject) {
 
     bench.add(NAME, "first output of ctr run", subject, Seconds, output.as_secs_f64());
     if subject.has_vm() {
-        parts(bench, subject, run.id(), &Seen { began, output, end });
+        parts(bench, subject, run.id(), began, output);
     }
     bench.add(NAME, "end of ctr run --rm", subject, Seconds, end.as_secs_f64());
 }
 
-fn parts(bench: &mut Bench, subject: &Subject, id: &str, seen: &Seen) {
+fn parts(bench: &mut Bench, subject: &Subject, id: &str, began: SystemTime, output: Duration) {
     let serves = log::wait_for(bench.rig, id, "Shim started").at;
-    let serves = serves.duration_since(seen.began).expect("one clock").as_secs_f64();
+    let serves = serves.duration_since(began).expect("one clock").as_secs_f64();
     let steps = log::wait_for(bench.rig, id, "Container started").steps;
     let sum: f64 = steps.iter().map(|(_, seconds)| seconds).sum();
     bench.add(NAME, "  ctr, containerd, shim start", subject, Seconds, serves);
     for (name, seconds) in steps {
         bench.add(NAME, format!("  {name}"), subject, Seconds, seconds);
     }
-    let rest = seen.output.as_secs_f64() - serves - sum;
+    let rest = output.as_secs_f64() - serves - sum;
     bench.add(NAME, "  between these, and output", subject, Seconds, rest);
 }

@@ -1,4 +1,4 @@
-//! The end of an idle container: from SIGKILL to its exit event, then its deletion with all that it had.
+//! The end of an idle container: from SIGKILL until containerd knows of its exit, then its deletion with all that it had.
 
 use vmctr_tests::rig::api;
 
@@ -22,7 +22,7 @@ fn one(bench: &mut Bench, subject: &'static Subject) {
     container.forget();
 
     bench.add(NAME, "stop and delete", subject, Seconds, stop + delete);
-    bench.add(NAME, "  SIGKILL to exit event", subject, Seconds, stop);
+    bench.add(NAME, "  SIGKILL to exit", subject, Seconds, stop);
     bench.add(NAME, "  delete", subject, Seconds, delete);
     if subject.has_vm() {
         for (name, seconds) in log::wait_for(bench.rig, &id, "Container deleted").steps {
