@@ -1,13 +1,14 @@
 //! `vmctr-bench`: that it measures, not what: a machine under test is no machine to measure on.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use vmctr_tests::rig::command::{self, Running, TIME_LIMIT, eventually};
-use vmctr_tests::rig::{proc, vm};
+use vmctr_tests::rig::{prerequisites, proc, vm};
 
 fn bench() -> Command {
     let mut bench = Command::new(env!("CARGO_BIN_EXE_vmctr-bench"));
@@ -58,5 +59,7 @@ fn an_interrupted_run_leaves_nothing() {
     let output = running.finish_within(Duration::from_secs(30)).exits(130);
     assert!(output.errors().ends_with("nothing was written\n"), "{output}");
     assert_eq!(mentioned(), 0);
-    assert!(!std::path::Path::new("/tmp").join(&tag).exists(), "{tag} is left in /tmp");
+    for place in [PathBuf::from("/tmp"), prerequisites::cgroup2()] {
+        assert!(!place.join(&tag).exists(), "{tag} is left in {}", place.display());
+    }
 }

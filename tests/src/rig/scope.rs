@@ -132,7 +132,11 @@ impl Default for Scope {
 impl Drop for Scope {
     fn drop(&mut self) {
         self.wipe();
-        let _ = fs::remove_dir(&self.cgroup);
+        // Busy while what was killed is still ending.
+        let deadline = Instant::now() + PATIENCE;
+        while fs::remove_dir(&self.cgroup).is_err() && self.cgroup.exists() && Instant::now() < deadline {
+            thread::sleep(POLL);
+        }
     }
 }
 

@@ -62,19 +62,18 @@ struct Used {
 }
 
 pub fn measure(bench: &mut Bench) {
-    let counts = bench.sizes(&COUNTS);
-    for subject in &SUBJECTS {
-        let mut containers = Vec::new();
-        for count in counts {
+    let mut all = SUBJECTS.each_ref().map(|subject| (subject, Vec::new()));
+    for count in bench.sizes(&COUNTS) {
+        for (subject, containers) in &mut all {
             progress(NAME, &format!("{} {count} idle", subject.name));
             containers.resize_with(*count, || bench.idle(subject));
             thread::sleep(SETTLE);
-            for container in &containers {
+            for container in containers {
                 add(bench, subject, *count, &used(bench.rig, container));
             }
         }
-        containers.into_iter().for_each(Container::remove);
     }
+    all.into_iter().flat_map(|(_, containers)| containers).for_each(Container::remove);
 }
 
 fn add(bench: &mut Bench, subject: &Subject, count: usize, used: &Used) {

@@ -1,6 +1,12 @@
-//! Scripts in a container of which the part after `ready` is timed from outside: a guest's clock is its own.
+//! Scripts in a container, timed from outside, as a guest's clock is its own: from the line that lets them go on to
+//! what they write.
+//!
+//! ```text
+//!   script   echo ready ── read go ── ... the work ... ── output
+//!   here          └──> write go, clock starts              └──> clock read
+//! ```
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::process::{ChildStdin, ChildStdout, Stdio};
 use std::time::{Duration, Instant};
 
@@ -10,7 +16,7 @@ use vmctr_tests::rig::container::Container;
 /// What is read or written at once.
 pub const BLOCK: usize = 64 * 1024;
 
-/// A script that has said `ready`.
+/// A script at work.
 pub struct Script {
     running: Running,
     stdin: Option<ChildStdin>,
@@ -19,14 +25,16 @@ pub struct Script {
 }
 
 impl Script {
-    /// Starts it as a further process and returns when it is ready.
+    /// Starts it as a further process and lets it go on when it is ready.
     pub fn start(container: &Container, script: &str) -> Self {
-        let script = format!("echo ready; {script}");
+        let script = format!("echo ready; read go; {script}");
         let mut exec = container.exec_command("bench", &[], &["/bin/sh", "-c", &script]);
         let mut running = Running::start_with(exec.stdin(Stdio::piped()).stdout(Stdio::piped()));
-        let (stdin, mut stdout) = (running.stdin(), running.stdout());
+        let (mut stdin, mut stdout) = (running.stdin(), running.stdout());
         expect(&mut stdout, "ready\n");
-        Self { running, stdin: Some(stdin), stdout, since: Instant::now() }
+        let since = Instant::now();
+        stdin.write_all(b"go\n").expect("the script reads");
+        Self { running, stdin: Some(stdin), stdout, since }
     }
 
     /// Its standard input, once; dropped, it ends.
@@ -34,7 +42,7 @@ impl Script {
         self.stdin.take().expect("taken once")
     }
 
-    /// Reads so many bytes; how long they took from the script's being ready.
+    /// Reads so many bytes; how long it took until they were there.
     pub fn read(&mut self, bytes: u64) -> Duration {
         let read = io::copy(&mut self.stdout.by_ref().take(bytes), &mut io::sink()).expect("readable");
         let took = self.since.elapsed();
@@ -42,7 +50,7 @@ impl Script {
         took
     }
 
-    /// Waits until it says `done`; how long it took from its being ready.
+    /// Waits until it says `done`; how long that took.
     pub fn done(&mut self) -> Duration {
         expect(&mut self.stdout, "done\n");
         self.since.elapsed()
