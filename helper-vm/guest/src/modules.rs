@@ -17,7 +17,7 @@ use crate::signature;
 const REQUIRED: [&str; 4] = ["virtio_pci", "virtiofs", "overlay", "vmw_vsock_virtio_transport"];
 
 /// Taken when there.
-const WANTED: [&str; 1] = ["virtio_rng"];
+const WANTED: [&str; 2] = ["virtio_rng", "virtio_balloon"];
 
 /// More than any module takes.
 const MAX_MODULE: u64 = 64 << 20;

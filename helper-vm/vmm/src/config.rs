@@ -7,6 +7,7 @@
 //! run_dir = "/run/vmctr"               # one directory per VM lives here
 //! guest_dir = "/usr/share/vmctr/guest" # guest kernel and initramfs; default: looked for, see `assets`
 //! qemu = "/usr/bin/qemu-system-x86_64" # default: looked for in PATH
+//! template_dir = "/run/vmctr/templates" # some 60 MiB per shape of VM; default: `templates` in `run_dir`
 //!
 //! [vm]
 //! memory = "512MiB"            # of a container without a memory limit
@@ -15,6 +16,7 @@
 //! machine = "q35"              # or "pc"
 //! accelerator = "auto"         # "kvm", "tcg"
 //! boot_timeout_seconds = 60
+//! start = "template"           # or "cold": boot every VM
 //!
 //! [jail]
 //! first_uid = 1900000000       # QEMU runs as this user number plus its process ID
@@ -31,7 +33,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::accel::AcceleratorChoice;
 use crate::memory::MemoryMib;
-use crate::spec::{Machine, Vcpus};
+use crate::spec::{Machine, StartMode, Vcpus};
 
 /// Environment variable that names the file.
 pub const CONFIG_ENV: &str = "VMCTR_CONFIG";
@@ -52,6 +54,9 @@ pub struct Config {
     /// QEMU's binary.
     #[serde(deserialize_with = "absolute_option")]
     pub qemu: Option<PathBuf>,
+    /// Directory of the templates.
+    #[serde(deserialize_with = "absolute_option")]
+    pub template_dir: Option<PathBuf>,
     /// What a VM gets when the container asks for nothing else.
     pub vm: VmDefaults,
     /// How QEMU is confined.
@@ -76,6 +81,8 @@ pub struct VmDefaults {
     pub accelerator: AcceleratorChoice,
     /// How long the guest may take from QEMU's start until the agent answers.
     pub boot_timeout_seconds: Seconds,
+    /// How VMs start.
+    pub start: StartMode,
 }
 
 /// The `[jail]` table.
@@ -237,6 +244,7 @@ impl Default for Config {
             run_dir: PathBuf::from("/run/vmctr"),
             guest_dir: None,
             qemu: None,
+            template_dir: None,
             vm: VmDefaults::default(),
             jail: JailConfig::default(),
             log: LogConfig::default(),
@@ -253,6 +261,7 @@ impl Default for VmDefaults {
             machine: Machine::default(),
             accelerator: AcceleratorChoice::default(),
             boot_timeout_seconds: Seconds(60),
+            start: StartMode::default(),
         }
     }
 }
@@ -338,6 +347,7 @@ mod tests {
         let mut documented = parse(&doc).unwrap();
         assert_eq!(documented.guest_dir.take(), Some("/usr/share/vmctr/guest".into()));
         assert_eq!(documented.qemu.take(), Some("/usr/bin/qemu-system-x86_64".into()));
+        assert_eq!(documented.template_dir.take(), Some("/run/vmctr/templates".into()));
         assert_eq!(documented, Config::default());
         assert_eq!(parse("").unwrap(), Config::default());
     }
@@ -361,6 +371,8 @@ mod tests {
             ("[log]\nlevel = \"loud\"\n", 2, "`log.level`"),
             ("run_dir = \"run\"\n", 1, "`run_dir`"),
             ("guest_dir = \"x\"\n", 1, "`guest_dir`"),
+            ("template_dir = \"x\"\n", 1, "`template_dir`"),
+            ("[vm]\nstart = \"warm\"\n", 2, "`vm.start`"),
         ] {
             let message = refusal(text);
             assert!(message.starts_with(&format!("/etc/vmctr/config.toml:{line}: ")), "{message}");

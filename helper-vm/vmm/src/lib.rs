@@ -22,6 +22,7 @@ mod qmp;
 pub mod run_dir;
 mod spawn;
 pub mod spec;
+pub mod template;
 mod tsc;
 pub mod vm;
 pub mod vsock;

@@ -6,17 +6,24 @@
 //!                       └────> QMP stop, cont; SIGKILL
 //! ```
 
-use tokio::sync::{mpsc, oneshot, watch};
+use std::time::Duration;
 
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
+
+use super::agent::hello;
 use super::boot::{boot, move_to};
 use super::qemu_process::QemuProcess;
-use super::{Started, VmError, VmStart, VmState};
+use super::{Agent, Started, VmError, VmStart, VmState};
 use crate::error_chain::error_chain;
 use crate::qmp::Qmp;
 use crate::vsock::UnixServer;
 
 /// Requests that may wait.
 pub(super) const QUEUE: usize = 16;
+
+/// To set the guest's clock after a pause.
+const CLOCK_LIMIT: Duration = Duration::from_secs(5);
 
 /// Where a request's result goes.
 pub(super) type Answer = oneshot::Sender<Result<(), VmError>>;
@@ -39,6 +46,7 @@ pub(super) struct Driver {
 pub(super) struct Running {
     pub qemu: QemuProcess,
     pub qmp: Qmp,
+    pub agent: Agent,
     /// Removes its socket file when dropped.
     pub _vsock_socket: UnixServer,
 }
@@ -87,7 +95,7 @@ impl Driver {
                     let _ = answer.send(self.pause(&mut running.qmp).await);
                 }
                 Step::Request(Some(Request::Resume(answer))) => {
-                    let _ = answer.send(self.resume(&mut running.qmp).await);
+                    let _ = answer.send(self.resume(&mut running).await);
                 }
                 Step::Request(Some(Request::Stop(answer))) => match running.qemu.kill().await {
                     Ok(()) => break Last::Stopped(Some(answer)),
@@ -146,10 +154,17 @@ impl Driver {
         move_to(&self.state, next)
     }
 
-    async fn resume(&self, qmp: &mut Qmp) -> Result<(), VmError> {
+    async fn resume(&self, running: &mut Running) -> Result<(), VmError> {
         let next = self.state.borrow().to(VmState::Running)?;
-        qmp.cont().await?;
-        move_to(&self.state, next)
+        running.qmp.cont().await?;
+        move_to(&self.state, next)?;
+        // The guest's clock stood still. A guest that does not listen keeps the wrong time, no more.
+        match timeout(CLOCK_LIMIT, hello(&mut running.agent)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!("Cannot set the guest's clock: {}", error_chain(&error)),
+            Err(_) => tracing::warn!("The guest did not set its clock within {} s", CLOCK_LIMIT.as_secs()),
+        }
+        Ok(())
     }
 
     fn fail(&self, error: &VmError) {

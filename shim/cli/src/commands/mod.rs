@@ -4,6 +4,7 @@ mod doctor;
 mod guest;
 mod inspect;
 mod ps;
+mod template;
 mod version;
 
 use std::path::PathBuf;
@@ -35,6 +36,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Verb::Inspect { id } => inspect::run(&context, &id).await,
         Verb::Version => version::run(&context).await,
         Verb::Guest(verb) => guest::run(&context, verb),
+        Verb::Template(verb) => template::run(&context, verb).await,
     }
 }
 

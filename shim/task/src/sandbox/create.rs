@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use vmctr_proto::agent::{CreateContainerRequest, Root};
 use vmctr_vmm::run_dir::Owner;
-use vmctr_vmm::spec::{Host, VmSpec};
+use vmctr_vmm::spec::{Host, StartMode, VmSpec};
 
 use super::container::{CREATE_LIMIT, Container};
 use super::driver::Identity;
@@ -92,6 +92,8 @@ fn plan(identity: &Identity, owner: Owner, rootfs: &[Mount]) -> Result<Plan> {
     let guest = spec.for_guest(&owner.container_id).map_err(|error| invalid(&error))?;
     let vm = VmSpec::resolve(&identity.config.vm, &spec.limits(), &annotations, &Host::detect())
         .map_err(|error| invalid(&error))?;
+    let start =
+        StartMode::resolve(identity.config.vm.start, &annotations).map_err(|error| invalid(&error))?;
     let state = State {
         oci_version: spec.version().to_owned(),
         id: owner.container_id.clone(),
@@ -103,7 +105,7 @@ fn plan(identity: &Identity, owner: Owner, rootfs: &[Mount]) -> Result<Plan> {
     let share = share_spec(&root, &guest.volumes);
     let work_dir = own_work_dir(&upper, &root);
     Ok(Plan {
-        session: SessionPlan { owner, vm, share, work_dir },
+        session: SessionPlan { owner, vm, start, share, work_dir },
         spec: guest.json,
         root: guest_root(&root),
         hooks: spec.hooks(),

@@ -26,17 +26,21 @@ use vmctr_vmm::assets::{AssetError, GuestAssets};
 use vmctr_vmm::config::Config;
 use vmctr_vmm::qemu::{Qemu, QemuError};
 use vmctr_vmm::run_dir::{Owner, Role, RunDir, RunDirError};
-use vmctr_vmm::spec::VmSpec;
-use vmctr_vmm::vm::{Vm, VmError, VmStart, VmState};
+use vmctr_vmm::spec::{StartMode, VmSpec};
+use vmctr_vmm::vm::{Origin, Vm, VmError, VmStart, VmState};
 use vmctr_vmm::vsock::VsockHost;
 
 use super::agent::{AgentLink, CallError, EndSignal};
 use super::guest_events::{self, GuestEvent};
+use super::origin::{Machine, Origins};
 use super::share_daemon::{ShareDaemon, ShareError};
 use super::work_dir::{WorkDir, WorkDirError};
 use crate::stdio::Streams;
 
 const MOUNT_LIMIT: Duration = Duration::from_secs(30);
+/// A restored VM that takes longer is given up for one that boots.
+const RESTORE_LIMIT: Duration = Duration::from_secs(20);
+
 const DIAL_LIMIT: Duration = Duration::from_secs(10);
 
 /// Between the end of the share daemon and that of the VM that caused it.
@@ -51,6 +55,8 @@ pub struct SessionPlan {
     pub vm: VmSpec,
     /// What it shares.
     pub share: ShareSpec,
+    /// How the machine starts.
+    pub start: StartMode,
     /// Work folder to make for the share's upper, when nobody else has.
     pub work_dir: Option<PathBuf>,
 }
@@ -135,28 +141,21 @@ impl Session {
         let (assets, qemu) = find(config).await?;
         let resolution = accel::resolve(config, &assets, &qemu).await?;
         info!(accelerator = %resolution.accelerator, reason = resolution.reason, "Accelerator chosen");
+        let guest_kernel = assets.manifest().kernel_release.clone();
+        let machine = Machine { spec: plan.vm, assets, qemu, accelerator: resolution.accelerator };
+        let origin = Origins::find(config, plan.start, machine.clone()).await;
         steps.end("prepare");
 
-        let level = config.log.level.as_str();
-        let (share, socket) = ShareDaemon::start(plan.share.clone(), run_dir.path(), level).await?;
-        run_dir.record(Role::Fsd, share.pid())?;
-        steps.end("share");
-
-        let guest_kernel = assets.manifest().kernel_release.clone();
-        let start = VmStart {
-            spec: plan.vm,
-            assets,
-            qemu: qemu.clone(),
-            accelerator: resolution.accelerator,
-            run_dir: run_dir.clone(),
-            jail: config.jail.clone(),
-            share: socket,
-            boot_timeout: config.vm.boot_timeout_seconds.duration(),
+        let parts = Parts { config, machine: &machine, share: &plan.share, run_dir: &run_dir };
+        let (vm, share) = match parts.start(origin.first(), &mut steps).await {
+            Err(SessionError::Vm(error)) if origin.is_template() => {
+                origin.discard(&error).await;
+                parts.start(origin.boot(), &mut steps).await?
+            }
+            started => started?,
         };
-        let vm = start_vm(start, &share).await?;
-        steps.add(
-            vm.phases().iter().map(|phase| Step { name: phase.phase.as_str(), duration: phase.duration }),
-        );
+        origin.make_template_later();
+        let qemu = machine.qemu;
 
         let end = EndSignal::new();
         let link = AgentLink::new(vm.agent(), end.clone());
@@ -281,6 +280,43 @@ impl Session {
         if let Ok(Err(error)) = stopped.await {
             tracing::error!("{}", crate::error::chain(&error));
         }
+    }
+}
+
+/// What the two processes of a session are made of.
+struct Parts<'a> {
+    config: &'a Config,
+    machine: &'a Machine,
+    share: &'a ShareSpec,
+    run_dir: &'a RunDir,
+}
+
+impl Parts<'_> {
+    async fn start(&self, origin: Origin, steps: &mut Steps) -> Result<(Vm, ShareDaemon), SessionError> {
+        let level = self.config.log.level.as_str();
+        let (share, socket) = ShareDaemon::start(self.share.clone(), self.run_dir.path(), level).await?;
+        self.run_dir.record(Role::Fsd, share.pid())?;
+        steps.end("share");
+        let limit = self.config.vm.boot_timeout_seconds.duration();
+        let boot_timeout = match origin {
+            Origin::Boot(_) => limit,
+            Origin::Template(_) => limit.min(RESTORE_LIMIT),
+        };
+        let start = VmStart {
+            spec: self.machine.spec,
+            origin,
+            qemu: self.machine.qemu.clone(),
+            accelerator: self.machine.accelerator,
+            run_dir: self.run_dir.clone(),
+            jail: self.config.jail.clone(),
+            share: socket,
+            boot_timeout,
+        };
+        let vm = start_vm(start, &share).await?;
+        steps.add(
+            vm.phases().iter().map(|phase| Step { name: phase.phase.as_str(), duration: phase.duration }),
+        );
+        Ok((vm, share))
     }
 }
 
