@@ -56,7 +56,8 @@ pub fn reseed(seed: &[u8; SEED_BYTES]) -> io::Result<()> {
     /// _IO('R', 0x07)
     const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
     let random = File::options().write(true).open("/dev/random")?;
-    let entropy = Entropy { bits: SEED_BYTES as libc::c_int * 8, size: SEED_BYTES as libc::c_int, bytes: *seed };
+    let entropy =
+        Entropy { bits: SEED_BYTES as libc::c_int * 8, size: SEED_BYTES as libc::c_int, bytes: *seed };
     // SAFETY: the kernel reads the two numbers and `size` bytes after them, all inside `entropy`.
     check(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const entropy) })?;
     // SAFETY: takes no argument.

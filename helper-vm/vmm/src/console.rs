@@ -94,12 +94,7 @@ fn lock(tail: &Mutex<Tail>) -> MutexGuard<'_, Tail> {
     tail.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn read(
-    stream: impl AsyncRead + Unpin,
-    speaker: Speaker,
-    tail: Arc<Mutex<Tail>>,
-    news: Arc<Notify>,
-) {
+async fn read(stream: impl AsyncRead + Unpin, speaker: Speaker, tail: Arc<Mutex<Tail>>, news: Arc<Notify>) {
     let mut lines = LineReader::new(stream, LINE_LIMIT);
     let mut rate = Rate::new(Instant::now());
     // A broken stream ends like a closed one: the process at its other end is what is watched.

@@ -115,9 +115,17 @@ impl Qmp {
         self.migrate("migrate-incoming", uri).await
     }
 
+    /// Plugs a device in.
+    pub(crate) async fn device_add(&mut self, device: Value) -> Result<(), QmpError> {
+        self.ask("device_add", device).await.map(drop)
+    }
+
     /// QEMU answers at once and goes on in the background.
     async fn migrate(&mut self, command: &'static str, uri: &str) -> Result<(), QmpError> {
         const POLL: Duration = Duration::from_millis(1);
+        // The RAM is in its file already: the state leaves it out.
+        let without_ram = json!({ "capability": "x-ignore-shared", "state": true });
+        self.ask("migrate-set-capabilities", json!({ "capabilities": [without_ram] })).await?;
         self.ask(command, json!({ "uri": uri })).await?;
         let done = async {
             loop {
@@ -249,9 +257,9 @@ mod tests {
         let active = r#"{"return": {"status": "active"}}"#;
         let completed = r#"{"return": {"status": "completed"}}"#;
         let failed = r#"{"return": {"status": "failed", "error-desc": "Unknown section"}}"#;
-        let (qmp, _theirs) = scripted(&[GREETING, OK, OK, active, completed]).await;
+        let (qmp, _theirs) = scripted(&[GREETING, OK, OK, OK, active, completed]).await;
         qmp.unwrap().restore("file:x").await.unwrap();
-        let (qmp, _theirs) = scripted(&[GREETING, OK, OK, failed]).await;
+        let (qmp, _theirs) = scripted(&[GREETING, OK, OK, OK, failed]).await;
         let message = qmp.unwrap().save("file:x").await.unwrap_err().to_string();
         assert_eq!(message, "QEMU refused migrate: Unknown section");
     }

@@ -168,8 +168,11 @@ async fn an_elf_file_that_is_no_kernel_is_refused_by_qemu() {
     let _turn = ONE_AT_A_TIME.lock().await;
     let rig = Rig::new();
     let mut start = rig.start();
-    start.origin =
-        Origin::Boot(assets_with(rig.root.path(), Some(b"\x7fELF but no kernel, only its first bytes"), None));
+    start.origin = Origin::Boot(assets_with(
+        rig.root.path(),
+        Some(b"\x7fELF but no kernel, only its first bytes"),
+        None,
+    ));
     let message = Vm::start(start).await.unwrap_err().to_string();
     assert!(message.contains("QEMU ended before the VM was ready"), "{message}");
     assert!(message.contains("QEMU last said: "), "{message}");

@@ -6,8 +6,10 @@
 //! the CPU (RDRAND, which TCG provides too), so there is no device for it.
 //!
 //! A VM that becomes a template and one that is restored from it have the same machine, but for the vhost-user
-//! devices: these cannot be saved, so the template has none, and the restored machine has them in addition,
-//! where QEMU leaves them as after a reset because the saved state does not name them.
+//! devices. The template has none. The restored machine has the share from the start: QEMU leaves a device that
+//! the saved state does not name as after a reset. The vsock device is one that QEMU cannot save, and it then
+//! refuses to restore as well; so that one is plugged in afterwards ([`late_vsock`]), on a PCI Express machine
+//! into a port that the template has for it.
 
 use vmctr_proto::guest_paths::SHARE_TAG;
 
@@ -16,6 +18,12 @@ use crate::spec::{Machine, Vcpus, VmSpec};
 
 /// Where QEMU finds the file descriptor of a template's state.
 pub const STATE_URI: &str = "file:/dev/fdset/2";
+
+const VSOCK: &str = "vsock";
+const VSOCK_DRIVER: &str = "vhost-user-vsock-pci";
+
+/// Where the vsock device of a restored VM goes.
+const LATE_PORT: &str = "late";
 
 /// Numbers of the file descriptors that QEMU inherits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +78,7 @@ pub fn arguments(spec: &VmSpec, engine: Engine, purpose: Purpose, fds: QemuFds) 
     machine(&mut args, spec, purpose);
     cpu(&mut args, spec.vcpus(), engine);
     guest(&mut args, engine, purpose);
-    devices(&mut args, fds);
+    devices(&mut args, spec.machine(), purpose, fds);
     args
 }
 
@@ -141,10 +149,8 @@ fn kernel(args: &mut Vec<String>, engine: Engine) {
     add(args, "-append", kernel_arguments(engine));
 }
 
-/// The RAM is in its file already: the state leaves it out.
 fn saved_state(args: &mut Vec<String>, state: i32) {
     add(args, "-add-fd", format!("fd={state},set=2"));
-    add(args, "-global", "migration.x-ignore-shared=on");
 }
 
 /// A panic ends the VM at once (`panic=-1` with QEMU's `-no-reboot`). Without KVM the guest shares no
@@ -160,21 +166,36 @@ fn kernel_arguments(engine: Engine) -> String {
     }
 }
 
-fn devices(args: &mut Vec<String>, fds: QemuFds) {
+fn devices(args: &mut Vec<String>, machine: Machine, purpose: Purpose, fds: QemuFds) {
     add(args, "-chardev", format!("socket,id=qmp,fd={}", fds.qmp));
     add(args, "-mon", "chardev=qmp,mode=control");
     add(args, "-chardev", format!("socket,id=console,fd={}", fds.console));
     add(args, "-serial", "chardev:console");
-    // First, so that it has the same place on the bus with and without the others.
+    // What a template has comes first, so that it has the same places on the bus with and without the others.
     add(args, "-device", "virtio-balloon-pci,free-page-reporting=on");
+    if purpose != Purpose::Boot && machine == Machine::Q35 {
+        add(args, "-device", format!("pcie-root-port,id={LATE_PORT},chassis=1,slot=1"));
+    }
     if let Some(vsock) = fds.vsock {
-        add(args, "-chardev", format!("socket,id=vsock,fd={vsock}"));
-        add(args, "-device", "vhost-user-vsock-pci,chardev=vsock");
+        add(args, "-chardev", format!("socket,id={VSOCK},fd={vsock}"));
+        if purpose == Purpose::Boot {
+            add(args, "-device", format!("{VSOCK_DRIVER},chardev={VSOCK}"));
+        }
     }
     if let Some(share) = fds.share {
         add(args, "-chardev", format!("socket,id=share,fd={share}"));
         add(args, "-device", format!("vhost-user-fs-pci,chardev=share,tag={SHARE_TAG}"));
     }
+}
+
+/// Arguments of the monitor's `device_add` for the vsock device of a restored VM.
+#[must_use]
+pub fn late_vsock(machine: Machine) -> serde_json::Value {
+    let bus = match machine {
+        Machine::Q35 => LATE_PORT,
+        Machine::Pc => "pci.0",
+    };
+    serde_json::json!({ "driver": VSOCK_DRIVER, "chardev": VSOCK, "bus": bus })
 }
 
 #[cfg(test)]
@@ -253,10 +274,20 @@ mod tests {
         let only_in = |one: &[String], other: &[String]| {
             let (one, other) = (lines(one), lines(other));
             let differs = |line: &&str| !other.lines().any(|other| other == *line);
-            one.lines().filter(differs).filter_map(|line| line.split(' ').next()).collect::<Vec<_>>().join(" ")
+            one.lines()
+                .filter(differs)
+                .filter_map(|line| line.split(' ').next())
+                .collect::<Vec<_>>()
+                .join(" ")
         };
         assert_eq!(only_in(&template, &restored), "-kernel -initrd -append");
-        assert_eq!(only_in(&restored, &template), "-incoming -chardev -device -chardev -device");
-        assert!(lines(&template).contains("\n-object memory-backend-file,mem-path=/guest/ram,id=ram,size=512M,share=on\n"));
+        assert_eq!(only_in(&restored, &template), "-incoming -chardev -chardev -device");
+        assert!(lines(&template).contains("\n-device pcie-root-port,id=late,"));
+        assert_eq!(late_vsock(Machine::Q35)["bus"], "late");
+        assert_eq!(late_vsock(Machine::Pc)["bus"], "pci.0");
+        assert!(
+            lines(&template)
+                .contains("\n-object memory-backend-file,mem-path=/guest/ram,id=ram,size=512M,share=on\n")
+        );
     }
 }

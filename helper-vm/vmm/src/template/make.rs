@@ -98,7 +98,9 @@ async fn boot_and_save(maker: &Maker, run_dir: &RunDir, fresh: &Path) -> Result<
     let (files, memory) = boot_files(&maker.assets, &maker.spec, true).await?;
     let memory = memory.ok_or_else(|| TemplateError::damaged(fresh, "it has no memory"))?;
     let state_path = fresh.join(STATE);
-    let state = File::create_new(&state_path).map_err(TemplateError::io("create", &state_path))?;
+    // QEMU takes a descriptor for writing only as just that.
+    let state = File::options().write(true).create_new(true).open(&state_path);
+    let state = state.map_err(TemplateError::io("create", &state_path))?;
     let launch = Launch {
         spec: &maker.spec,
         qemu: &maker.qemu,

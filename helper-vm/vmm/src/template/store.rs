@@ -235,7 +235,9 @@ impl Store {
         let bytes = [MANIFEST, STATE, RAM].iter().filter_map(|name| fs::metadata(path.join(name)).ok());
         let bytes = bytes.map(|metadata| metadata.blocks() * 512).sum();
         let metadata = fs::metadata(&path).ok()?;
-        let made = fs::metadata(path.join(MANIFEST)).and_then(|file| file.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+        let made = fs::metadata(path.join(MANIFEST))
+            .and_then(|file| file.modified())
+            .unwrap_or(SystemTime::UNIX_EPOCH);
         let manifest = read_manifest(&path, &key).ok();
         let current = manifest.as_ref().is_some_and(|manifest| manifest.host_boot == boot_id());
         let shape = manifest.map(|manifest| Shape {

@@ -53,7 +53,8 @@ pub(super) async fn hello(agent: &mut Agent) -> Result<HelloReply, VmError> {
     let request = HelloRequest {
         protocol_min: PROTOCOL_VERSION_MIN,
         protocol_max: PROTOCOL_VERSION,
-        random_seed: random_seed().map_err(|source| VmError::Host { action: "make a random seed", source })?,
+        random_seed: random_seed()
+            .map_err(|source| VmError::Host { action: "make a random seed", source })?,
         // Last, so that it is as late as can be.
         wall_clock_ns: wall_clock_ns(),
     };

@@ -19,7 +19,7 @@ use super::driver::Running;
 use super::launch::{Job, Launch, boot_files, host, restore_files, serve_vsock};
 use super::{Agent, Origin, Phase, Started, VmError, VmStart, VmState, agent};
 use crate::guest_files::GuestFiles;
-use crate::qemu::command::STATE_URI;
+use crate::qemu::command::{STATE_URI, late_vsock};
 use crate::run_dir::Role;
 use crate::template::TemplateError;
 use crate::vsock::{Listener, UnixServer, VsockHost};
@@ -129,6 +129,7 @@ impl Boot<'_> {
                 self.attempt.wait(Phase::Copy, copy_done(copied)).await?;
                 let restore = async |qmp: &mut crate::qmp::Qmp| {
                     qmp.restore(STATE_URI).await?;
+                    qmp.device_add(late_vsock(self.start.spec.machine())).await?;
                     Ok(qmp.cont().await?)
                 };
                 self.attempt.control(Phase::Restore, restore).await?;
@@ -142,8 +143,7 @@ impl Boot<'_> {
 
         let greeted = agent::greet(self.vsock.clone());
         let (agent, hello) = self.attempt.wait(Phase::Hello, greeted).await?;
-        let vsock_socket =
-            self.vsock.serve_unix(&self.start.run_dir.vsock_socket()).map_err(vsock_error)?;
+        let vsock_socket = self.vsock.serve_unix(&self.start.run_dir.vsock_socket()).map_err(vsock_error)?;
         move_to(self.state, VmState::Running)?;
         Ok(Booted { vsock_socket, agent, hello })
     }

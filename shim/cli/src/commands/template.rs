@@ -136,7 +136,11 @@ fn remove(store: &Store, args: &TemplateRm) -> Outcome {
     let keys = if args.all {
         store.list()?.into_iter().map(|entry| entry.key).collect()
     } else {
-        args.keys.iter().map(|key| key.parse::<Key>()).collect::<Result<Vec<_>, _>>().map_err(Failure::not_found)?
+        args.keys
+            .iter()
+            .map(|key| key.parse::<Key>())
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(Failure::not_found)?
     };
     for key in keys {
         if !store.remove(&key)? && !args.all {
