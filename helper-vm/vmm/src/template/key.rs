@@ -2,9 +2,7 @@
 //! QEMU makes of a saved state, is in it; a VM that differs in any of it has another key.
 
 use std::fmt;
-use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -13,8 +11,8 @@ use vmctr_proto::PROTOCOL_VERSION;
 
 use crate::accel::Accelerator;
 use crate::assets::GuestAssets;
-use crate::qemu::Qemu;
 use crate::qemu::command::{Engine, Purpose, QemuFds, arguments};
+use crate::qemu::{FileId, Qemu};
 use crate::run_dir::boot_id;
 use crate::spec::VmSpec;
 
@@ -33,20 +31,10 @@ struct Parts<'a> {
     host_boot: String,
     kernel_sha256: &'a str,
     initramfs_sha256: &'a str,
-    qemu: QemuIdentity,
+    qemu: FileId,
+    qemu_version: String,
     /// Memory, CPUs, machine, accelerator, kernel arguments: all that is on the command line.
     arguments: Vec<String>,
-}
-
-/// A package's update gives the binary another inode or another time.
-#[derive(Serialize)]
-struct QemuIdentity {
-    path: String,
-    version: String,
-    device: u64,
-    inode: u64,
-    size: u64,
-    modified: (i64, i64),
 }
 
 impl Key {
@@ -69,7 +57,8 @@ impl Key {
             host_boot: boot_id(),
             kernel_sha256: &manifest.kernel.sha256,
             initramfs_sha256: &manifest.initramfs.sha256,
-            qemu: QemuIdentity::of(qemu)?,
+            qemu: FileId::of(qemu.path())?,
+            qemu_version: qemu.version().to_string(),
             arguments: normalised_arguments(spec, accelerator),
         };
         let digest = Sha256::digest(serde_json::to_vec(&parts)?);
@@ -91,20 +80,6 @@ fn normalised_arguments(spec: &VmSpec, accelerator: Accelerator) -> Vec<String> 
     };
     let fds = QemuFds { qmp: 0, console: 0, vsock: None, share: None };
     arguments(spec, engine, Purpose::Template { state: 0 }, fds)
-}
-
-impl QemuIdentity {
-    fn of(qemu: &Qemu) -> io::Result<Self> {
-        let metadata = fs::metadata(qemu.path())?;
-        Ok(Self {
-            path: qemu.path().display().to_string(),
-            version: qemu.version().to_string(),
-            device: metadata.dev(),
-            inode: metadata.ino(),
-            size: metadata.size(),
-            modified: (metadata.mtime(), metadata.mtime_nsec()),
-        })
-    }
 }
 
 /// The text is no key.
@@ -145,6 +120,7 @@ impl fmt::Display for Key {
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;
+    use std::fs;
     use std::os::unix::fs::PermissionsExt as _;
     use std::path::Path;
 

@@ -11,7 +11,7 @@
 
 use std::fs::{self, File};
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -48,8 +48,6 @@ pub struct Maker {
     pub accelerator: Accelerator,
     /// How QEMU is confined.
     pub jail: JailConfig,
-    /// The directory of all run directories.
-    pub run_dir: PathBuf,
     /// From QEMU's start until the agent waits.
     pub boot_timeout: Duration,
 }
@@ -66,7 +64,7 @@ pub async fn make(maker: &Maker, store: &Store) -> Result<Key, TemplateError> {
         return Ok(key);
     }
     let fresh = store.fresh(&key, &lock)?;
-    let made = make_in(maker, &key, &fresh).await;
+    let made = make_in(maker, store, &key, &fresh).await;
     let published = made.and_then(|()| store.publish(&key, &fresh, &lock));
     if let Err(error) = published {
         super::store::remove_tree(&fresh)?;
@@ -77,13 +75,13 @@ pub async fn make(maker: &Maker, store: &Store) -> Result<Key, TemplateError> {
     Ok(key)
 }
 
-async fn make_in(maker: &Maker, key: &Key, fresh: &Path) -> Result<(), TemplateError> {
+async fn make_in(maker: &Maker, store: &Store, key: &Key, fresh: &Path) -> Result<(), TemplateError> {
     let owner = Owner {
         namespace: "vmctr".to_owned(),
         container_id: format!("template-{key}"),
-        bundle: maker.run_dir.join(format!("template-{key}")),
+        bundle: store.path(key),
     };
-    let run_dir = RunDir::create(&maker.run_dir, owner)?;
+    let run_dir = RunDir::create(&store.run_dir(), owner)?;
     let saved = boot_and_save(maker, &run_dir, fresh).await;
     run_dir.remove()?;
     let memory = saved?;

@@ -10,6 +10,7 @@
 //!     KEY.lock                held by whoever makes or removes KEY, freed by the kernel however that ends
 //!     KEY.new/                what a maker fills; the next holder of the lock removes what a killed one left
 //!     KEY.log                 what the last maker in the background had to say
+//!     run/                    run directories of VMs that become templates
 //! ```
 //!
 //! Invariants: a directory KEY is complete, as it got its name after its files were written and synced. A

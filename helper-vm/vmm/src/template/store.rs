@@ -4,7 +4,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -21,6 +21,9 @@ pub(super) const RAM: &str = "ram";
 
 /// More than any machine's state without its RAM.
 const STATE_LIMIT: u64 = 64 << 20;
+
+/// After a failure, for so long no further attempt is made in the background.
+const RETRY: Duration = Duration::from_secs(600);
 
 /// Templates that are kept: each is some 60 MiB, and hosts rarely run more shapes of VMs.
 const KEPT: usize = 4;
@@ -90,6 +93,11 @@ impl Store {
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// The run directories of VMs that become templates.
+    pub(super) fn run_dir(&self) -> PathBuf {
+        self.dir.join("run")
     }
 
     /// Opens a template and checks all but its memory; `None` when there is none.
@@ -176,6 +184,14 @@ impl Store {
     pub fn is_being_made(&self, key: &Key) -> bool {
         let Ok(file) = File::open(self.lock_path(key)) else { return false };
         flock(&file, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK)
+    }
+
+    /// Whether a maker in the background said why it failed not long ago: the next one would say the same.
+    #[must_use]
+    pub fn failed_lately(&self, key: &Key) -> bool {
+        let Ok(log) = fs::metadata(self.log_path(key)) else { return false };
+        let age = log.modified().ok().and_then(|time| time.elapsed().ok()).unwrap_or_default();
+        log.len() > 0 && age < RETRY && !self.path(key).exists()
     }
 
     /// Takes the lock, or says that it is taken. A file that a killed holder left is no lock.

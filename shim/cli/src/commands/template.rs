@@ -112,7 +112,6 @@ async fn create(context: &Context, config: &Config, args: TemplateCreate) -> Out
         qemu,
         accelerator,
         jail: config.jail.clone(),
-        run_dir: config.run_dir.clone(),
         boot_timeout: config.vm.boot_timeout_seconds.duration(),
     };
     let key = make(&maker, &Store::new(config)).await?;

@@ -96,7 +96,7 @@ impl Origins {
     /// Makes the template if it is missing. Its process outlives this one and is bounded by its own limits.
     pub fn make_template_later(&self) {
         let Some(key) = &self.key else { return };
-        if self.store.path(key).exists() || self.store.is_being_made(key) {
+        if self.store.path(key).exists() || self.store.is_being_made(key) || self.store.failed_lately(key) {
             return;
         }
         match self.start_maker(key) {

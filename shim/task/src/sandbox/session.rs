@@ -363,7 +363,7 @@ fn share_ended(exit: Exit) -> String {
 
 async fn find(config: &Config) -> Result<(GuestAssets, Qemu), SessionError> {
     let config = config.clone();
-    let found = spawn_blocking(move || Ok((GuestAssets::find(&config)?, Qemu::find(&config)?)));
+    let found = spawn_blocking(move || Ok((GuestAssets::find(&config)?, Qemu::find_known(&config)?)));
     found.await.map_err(|error| SessionError::Blocking(error.into()))?
 }
 

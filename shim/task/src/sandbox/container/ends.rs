@@ -127,7 +127,8 @@ impl Container {
 
     /// Ends everything in the reverse order of its making and tells containerd.
     pub async fn delete(mut self) -> Result<Deleted> {
-        self.close_guest().await;
+        // Nobody writes any more, and the VM ends as by a power cut: unmounting first would change nothing.
+        self.flush().await;
         self.stop_session().await;
         hooks::run_all(&self.hooks, Moment::PostStop, &self.hook_state("stopped")).await;
         let deleted = deleted(self.init()?, self.pid);
@@ -141,7 +142,7 @@ impl Container {
         Ok(deleted)
     }
 
-    /// The root is unmounted and what was written last is on the host before the VM goes.
+    /// Whoever still runs is ended before the VM goes, so that what it wrote is on the host.
     async fn close_guest(&self) {
         let Some(session) = &self.session else { return };
         let process = self.process_ref("");
@@ -156,6 +157,12 @@ impl Container {
         if let Err(error) = deleted {
             warn!("{error}");
         }
+        self.flush().await;
+    }
+
+    /// What was written last is on the host before the VM goes.
+    async fn flush(&self) {
+        let Some(session) = &self.session else { return };
         let flushed = session
             .agent()
             .call("write its files back", FLUSH_LIMIT, |mut agent| async move { agent.flush(Empty {}).await })
