@@ -27,12 +27,16 @@ pub async fn wait() -> io::Result<()> {
     console::info(TEMPLATE_POINT);
     loop {
         tokio::time::sleep(PAUSE).await;
-        // Drivers start while this is written.
-        fs::write(RESCAN, "1")?;
+        look()?;
         if is_there()? {
             return Ok(());
         }
     }
+}
+
+/// Finds devices that were plugged in; when it returns, their drivers have taken them.
+pub fn look() -> io::Result<()> {
+    fs::write(RESCAN, "1")
 }
 
 fn is_there() -> io::Result<bool> {

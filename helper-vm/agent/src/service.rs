@@ -108,6 +108,10 @@ impl Agent for Service {
         }))
     }
 
+    async fn rehearse(&self, _: Request<Empty>) -> Result<Response<Empty>, Status> {
+        done(verbs::rehearse(self.guest.clone())).await
+    }
+
     async fn mount_share(&self, request: Request<MountShareRequest>) -> Result<Response<Empty>, Status> {
         done(verbs::mount_share(self.guest.clone(), request.into_inner())).await
     }

@@ -16,7 +16,11 @@
 //! machine = "q35"              # or "pc"
 //! accelerator = "auto"         # "kvm", "tcg"
 //! boot_timeout_seconds = 60
-//! start = "template"           # or "cold": boot every VM
+//! start = "template"           # "cold": boot every VM; "pool": take one that waits, see [pool]
+//!
+//! [pool]
+//! size = 0                     # VMs that wait for containers, kept by `vmctr pool run`
+//! memory = "2GiB"              # which together have no more than this
 //!
 //! [jail]
 //! first_uid = 1900000000       # QEMU runs as this user number plus its process ID
@@ -59,6 +63,8 @@ pub struct Config {
     pub template_dir: Option<PathBuf>,
     /// What a VM gets when the container asks for nothing else.
     pub vm: VmDefaults,
+    /// VMs that wait.
+    pub pool: PoolConfig,
     /// How QEMU is confined.
     pub jail: JailConfig,
     /// What is logged.
@@ -83,6 +89,22 @@ pub struct VmDefaults {
     pub boot_timeout_seconds: Seconds,
     /// How VMs start.
     pub start: StartMode,
+}
+
+/// The `[pool]` table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PoolConfig {
+    /// How many.
+    pub size: u32,
+    /// How much memory they have, all together.
+    pub memory: MemoryMib,
+}
+
+impl Default for PoolConfig {
+    fn default() -> Self {
+        Self { size: 0, memory: crate::pool::DEFAULT_MEMORY }
+    }
 }
 
 /// The `[jail]` table.
@@ -246,6 +268,7 @@ impl Default for Config {
             qemu: None,
             template_dir: None,
             vm: VmDefaults::default(),
+            pool: PoolConfig::default(),
             jail: JailConfig::default(),
             log: LogConfig::default(),
         }

@@ -17,6 +17,7 @@ mod guest_files;
 pub mod jail;
 mod lines;
 mod memory;
+pub mod pool;
 pub mod qemu;
 mod qmp;
 pub mod run_dir;

@@ -23,7 +23,7 @@ pub const MEMORY_ANNOTATION: &str = "io.vmctr.memory";
 /// Annotation that sets the number of the VM's CPUs.
 pub const VCPUS_ANNOTATION: &str = "io.vmctr.vcpus";
 
-/// Annotation that sets how the VM starts: `cold` or `template`.
+/// Annotation that sets how the VM starts: `cold`, `template` or `pool`.
 pub const START_ANNOTATION: &str = "io.vmctr.start";
 
 /// How a VM starts.
@@ -35,6 +35,8 @@ pub enum StartMode {
     /// It goes on from a VM that was booted once for all; where there is none yet, it boots and one is made.
     #[default]
     Template,
+    /// It is one that waits in the pool; where none waits, or the container wants another size, a template.
+    Pool,
 }
 
 impl StartMode {
@@ -50,6 +52,7 @@ impl StartMode {
             None => Ok(default),
             Some("cold") => Ok(Self::Cold),
             Some("template") => Ok(Self::Template),
+            Some("pool") => Ok(Self::Pool),
             Some(given) => Err(SpecError::StartAnnotation { given: given.to_owned() }),
         }
     }
@@ -175,7 +178,7 @@ pub enum SpecError {
         host: Vcpus,
     },
     /// The annotation's value is no way to start.
-    #[error("Annotation {START_ANNOTATION}={given:?} is neither \"cold\" nor \"template\"")]
+    #[error("Annotation {START_ANNOTATION}={given:?} is none of \"cold\", \"template\" and \"pool\"")]
     StartAnnotation {
         /// As written.
         given: String,

@@ -69,6 +69,23 @@ pub enum Verb {
     /// List, make or remove the templates that VMs are restored from
     #[command(subcommand)]
     Template(TemplateVerb),
+    /// Keep VMs that wait for containers, or list them
+    #[command(subcommand)]
+    Pool(PoolVerb),
+}
+
+/// Verbs of `vmctr pool`.
+#[derive(Debug, Subcommand)]
+pub enum PoolVerb {
+    /// Keep as many VMs waiting as the configuration says, until this program ends
+    ///
+    /// Containers with vm.start = "pool", or the annotation io.vmctr.start=pool, take one of them. However this
+    /// program ends, VMs that wait end with it, and VMs that were taken do not notice.
+    Run,
+    /// List the VMs that wait or are being prepared
+    ///
+    /// Exits 127 when no pool runs.
+    Ls,
 }
 
 /// Verbs of `vmctr template`.

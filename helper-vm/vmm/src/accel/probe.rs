@@ -51,6 +51,7 @@ async fn start_and_stop(
         run_dir,
         jail: config.jail.clone(),
         share: None,
+        share_later: false,
         boot_timeout: PROBE_LIMIT,
     };
     Vm::start(start).await?.stop().await

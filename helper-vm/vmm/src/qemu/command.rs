@@ -6,11 +6,11 @@
 //! the CPU (RDRAND, which TCG provides too), so there is no device for it.
 //!
 //! A VM that becomes a template and one that is restored from it have the same machine, but for the vhost-user
-//! devices. The template has none. The restored machine has the share from the start: QEMU leaves a device that
-//! the saved state does not name as after a reset. The vsock device is one that QEMU cannot save, and it then
-//! refuses to restore as well; so that one is plugged in afterwards ([`late_vsock`]), on a PCI Express machine
-//! into a port that the template has for it.
+//! devices, which the template does not have. QEMU cannot save the vsock device, and refuses to restore a state
+//! into a machine with such a device; so both are plugged in afterwards ([`late_vsock`], [`late_share`]), on a PCI
+//! Express machine into ports that the template has for them.
 
+use serde_json::{Value, json};
 use vmctr_proto::guest_paths::SHARE_TAG;
 
 use crate::jail::GuestFile;
@@ -21,9 +21,12 @@ pub const STATE_URI: &str = "file:/dev/fdset/2";
 
 const VSOCK: &str = "vsock";
 const VSOCK_DRIVER: &str = "vhost-user-vsock-pci";
+const SHARE: &str = "share";
+const SHARE_DRIVER: &str = "vhost-user-fs-pci";
 
-/// Where the vsock device of a restored VM goes.
-const LATE_PORT: &str = "late";
+/// Where the devices of a restored VM go.
+const VSOCK_PORT: &str = "late-vsock";
+const SHARE_PORT: &str = "late-share";
 
 /// Numbers of the file descriptors that QEMU inherits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,28 +177,41 @@ fn devices(args: &mut Vec<String>, machine: Machine, purpose: Purpose, fds: Qemu
     // What a template has comes first, so that it has the same places on the bus with and without the others.
     add(args, "-device", "virtio-balloon-pci,free-page-reporting=on");
     if purpose != Purpose::Boot && machine == Machine::Q35 {
-        add(args, "-device", format!("pcie-root-port,id={LATE_PORT},chassis=1,slot=1"));
+        for (slot, port) in (1..).zip([VSOCK_PORT, SHARE_PORT]) {
+            add(args, "-device", format!("pcie-root-port,id={port},chassis={slot},slot={slot}"));
+        }
     }
     if let Some(vsock) = fds.vsock {
         add(args, "-chardev", format!("socket,id={VSOCK},fd={vsock}"));
-        if purpose == Purpose::Boot {
-            add(args, "-device", format!("{VSOCK_DRIVER},chardev={VSOCK}"));
-        }
     }
     if let Some(share) = fds.share {
-        add(args, "-chardev", format!("socket,id=share,fd={share}"));
-        add(args, "-device", format!("vhost-user-fs-pci,chardev=share,tag={SHARE_TAG}"));
+        add(args, "-chardev", format!("socket,id={SHARE},fd={share}"));
+    }
+    if purpose == Purpose::Boot && fds.vsock.is_some() {
+        add(args, "-device", format!("{VSOCK_DRIVER},chardev={VSOCK}"));
+    }
+    if purpose == Purpose::Boot && fds.share.is_some() {
+        add(args, "-device", format!("{SHARE_DRIVER},chardev={SHARE},tag={SHARE_TAG}"));
     }
 }
 
 /// Arguments of the monitor's `device_add` for the vsock device of a restored VM.
 #[must_use]
-pub fn late_vsock(machine: Machine) -> serde_json::Value {
-    let bus = match machine {
-        Machine::Q35 => LATE_PORT,
+pub fn late_vsock(machine: Machine) -> Value {
+    json!({ "driver": VSOCK_DRIVER, "chardev": VSOCK, "bus": late_bus(machine, VSOCK_PORT) })
+}
+
+/// The same for its share.
+#[must_use]
+pub fn late_share(machine: Machine) -> Value {
+    json!({ "driver": SHARE_DRIVER, "chardev": SHARE, "tag": SHARE_TAG, "bus": late_bus(machine, SHARE_PORT) })
+}
+
+fn late_bus(machine: Machine, port: &'static str) -> &'static str {
+    match machine {
+        Machine::Q35 => port,
         Machine::Pc => "pci.0",
-    };
-    serde_json::json!({ "driver": VSOCK_DRIVER, "chardev": VSOCK, "bus": bus })
+    }
 }
 
 #[cfg(test)]
@@ -244,8 +260,8 @@ mod tests {
 -serial chardev:console
 -device virtio-balloon-pci,free-page-reporting=on
 -chardev socket,id=vsock,fd=5
--device vhost-user-vsock-pci,chardev=vsock
 -chardev socket,id=share,fd=6
+-device vhost-user-vsock-pci,chardev=vsock
 -device vhost-user-fs-pci,chardev=share,tag=vmctr";
         assert_eq!(lines(&arguments(&spec(Machine::Q35), TCG, Purpose::Boot, FDS)), want);
     }
@@ -281,9 +297,10 @@ mod tests {
                 .join(" ")
         };
         assert_eq!(only_in(&template, &restored), "-kernel -initrd -append");
-        assert_eq!(only_in(&restored, &template), "-incoming -chardev -chardev -device");
-        assert!(lines(&template).contains("\n-device pcie-root-port,id=late,"));
-        assert_eq!(late_vsock(Machine::Q35)["bus"], "late");
+        assert_eq!(only_in(&restored, &template), "-incoming -chardev -chardev");
+        assert!(lines(&template).contains("\n-device pcie-root-port,id=late-vsock,"));
+        assert_eq!(late_vsock(Machine::Q35)["bus"], "late-vsock");
+        assert_eq!(late_share(Machine::Q35)["bus"], "late-share");
         assert_eq!(late_vsock(Machine::Pc)["bus"], "pci.0");
         assert!(
             lines(&template)

@@ -19,7 +19,8 @@ use super::driver::Running;
 use super::launch::{Job, Launch, boot_files, host, restore_files, serve_vsock};
 use super::{Agent, Origin, Phase, Started, VmError, VmStart, VmState, agent};
 use crate::guest_files::GuestFiles;
-use crate::qemu::command::{STATE_URI, late_vsock};
+use crate::qemu::command::{STATE_URI, late_share, late_vsock};
+use crate::qmp::Qmp;
 use crate::run_dir::Role;
 use crate::template::TemplateError;
 use crate::vsock::{Listener, UnixServer, VsockHost};
@@ -35,6 +36,7 @@ pub(super) async fn boot(
     let (vsock, qemu_vsock) = serve_vsock(&start.run_dir)?;
     // In place before the guest can connect.
     let ready = vsock.listen(ports::READY).map_err(io::Error::other).map_err(host("listen for the guest"))?;
+    let share_now = start.share.is_some() && !start.share_later;
     let launch = Launch {
         spec: &start.spec,
         qemu: &start.qemu,
@@ -48,7 +50,7 @@ pub(super) async fn boot(
     let launched = launch.start().await?;
     let pid = launched.pid;
     let (mut attempt, qmp) = Attempt::new(launched, begin, start.boot_timeout, state.subscribe());
-    let boot = Boot { attempt: &mut attempt, state, vsock: &vsock, start: &start };
+    let boot = Boot { attempt: &mut attempt, state, vsock: &vsock, start: &start, share_now };
     let booted = async {
         start.run_dir.record(Role::Qemu, pid)?;
         boot.attempt.spawned(qmp).await?;
@@ -58,7 +60,13 @@ pub(super) async fn boot(
         Ok(Booted { vsock_socket, agent, hello }) => {
             let (qemu, qmp, phases) = attempt.finish()?;
             let (spec, accelerator) = (start.spec, start.accelerator);
-            let running = Running { qemu, qmp, agent: agent.clone(), _vsock_socket: vsock_socket };
+            let running = Running {
+                qemu,
+                qmp,
+                agent: agent.clone(),
+                machine: spec.machine(),
+                _vsock_socket: vsock_socket,
+            };
             let started = Started { spec, accelerator, qemu_pid: pid, vsock, agent, hello, phases };
             Ok((running, started))
         }
@@ -114,6 +122,8 @@ struct Boot<'a> {
     state: &'a watch::Sender<VmState>,
     vsock: &'a VsockHost,
     start: &'a VmStart,
+    /// Whether a restored VM has its share before it goes on.
+    share_now: bool,
 }
 
 impl Boot<'_> {
@@ -127,9 +137,13 @@ impl Boot<'_> {
             None => Phase::Boot,
             Some(copied) => {
                 self.attempt.wait(Phase::Copy, copy_done(copied)).await?;
-                let restore = async |qmp: &mut crate::qmp::Qmp| {
+                let (machine, share) = (self.start.spec.machine(), self.share_now);
+                let restore = async |qmp: &mut Qmp| {
                     qmp.restore(STATE_URI).await?;
-                    qmp.device_add(late_vsock(self.start.spec.machine())).await?;
+                    qmp.device_add(late_vsock(machine)).await?;
+                    if share {
+                        qmp.device_add(late_share(machine)).await?;
+                    }
                     Ok(qmp.cont().await?)
                 };
                 self.attempt.control(Phase::Restore, restore).await?;

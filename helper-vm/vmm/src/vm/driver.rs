@@ -16,7 +16,9 @@ use super::boot::{boot, move_to};
 use super::qemu_process::QemuProcess;
 use super::{Agent, Started, VmError, VmStart, VmState};
 use crate::error_chain::error_chain;
+use crate::qemu::command::late_share;
 use crate::qmp::Qmp;
+use crate::spec::Machine;
 use crate::vsock::UnixServer;
 
 /// Requests that may wait.
@@ -33,6 +35,7 @@ pub(super) type Answer = oneshot::Sender<Result<(), VmError>>;
 pub(super) enum Request {
     Pause(Answer),
     Resume(Answer),
+    PlugShare(Answer),
     Stop(Answer),
 }
 
@@ -47,6 +50,7 @@ pub(super) struct Running {
     pub qemu: QemuProcess,
     pub qmp: Qmp,
     pub agent: Agent,
+    pub machine: Machine,
     /// Removes its socket file when dropped.
     pub _vsock_socket: UnixServer,
 }
@@ -96,6 +100,11 @@ impl Driver {
                 }
                 Step::Request(Some(Request::Resume(answer))) => {
                     let _ = answer.send(self.resume(&mut running).await);
+                }
+                Step::Request(Some(Request::PlugShare(answer))) => {
+                    let share = late_share(running.machine);
+                    let plugged = running.qmp.device_add(share).await;
+                    let _ = answer.send(plugged.map_err(VmError::from));
                 }
                 Step::Request(Some(Request::Stop(answer))) => match running.qemu.kill().await {
                     Ok(()) => break Last::Stopped(Some(answer)),
@@ -179,7 +188,9 @@ impl Driver {
             let (answer, result) = match request {
                 Request::Stop(answer) => (answer, Ok(())),
                 Request::Pause(answer) => (answer, self.state.borrow().to(VmState::Paused).map(drop)),
-                Request::Resume(answer) => (answer, self.state.borrow().to(VmState::Running).map(drop)),
+                Request::Resume(answer) | Request::PlugShare(answer) => {
+                    (answer, self.state.borrow().to(VmState::Running).map(drop))
+                }
             };
             let _ = answer.send(result.map_err(VmError::from));
         }

@@ -78,6 +78,8 @@ pub struct VmStart {
     /// Connected vhost-user socket of the share daemon; the guest sees a virtiofs device with the tag
     /// [`vmctr_proto::guest_paths::SHARE_TAG`].
     pub share: Option<OwnedFd>,
+    /// A restored VM goes on without the share, until [`Vm::plug_share`].
+    pub share_later: bool,
     /// From QEMU's start until the agent answered.
     pub boot_timeout: Duration,
 }
@@ -198,6 +200,14 @@ impl Vm {
     /// Not paused, or QEMU does not obey.
     pub async fn resume(&self) -> Result<(), VmError> {
         self.request(Request::Resume).await
+    }
+
+    /// Gives a VM whose share was to come later that share. Its daemon must be serving, or about to.
+    ///
+    /// # Errors
+    /// QEMU does not obey.
+    pub async fn plug_share(&self) -> Result<(), VmError> {
+        self.request(Request::PlugShare).await
     }
 
     /// Ends the VM at once, as a power cut would; returns when QEMU is reaped and its files are removed.

@@ -48,6 +48,7 @@ impl Rig {
             run_dir: self.run_dir.clone(),
             jail: JailConfig::default(),
             share: None,
+            share_later: false,
             boot_timeout: Duration::from_secs(60),
         }
     }

@@ -24,6 +24,7 @@ use super::guest_events::GuestEvent;
 use super::session::{Session, SessionPlan};
 use super::share::{guest_root, share_spec};
 use super::task::Task;
+use super::warm::Warm;
 use crate::annotations::{UpperChoice, upper_choice};
 use crate::error::{Result, TaskError};
 use crate::hooks::{self, Moment, State};
@@ -55,6 +56,7 @@ struct Plan {
 pub async fn create(
     identity: &Identity,
     request: CreateRequest,
+    warm: Option<Warm>,
 ) -> Result<(Container, mpsc::Receiver<GuestEvent>)> {
     let CreateRequest { bundle, rootfs, names } = request;
     let (owner, ids) = (identity.owner(bundle), identity.clone());
@@ -69,7 +71,7 @@ pub async fn create(
     let (plan, endpoints) =
         prepared.await.map_err(|error| TaskError::internal("Cannot prepare", &error))??;
     let Plan { session, spec, root, hooks, state } = plan;
-    let (session, events) = Session::start(&identity.config, session)
+    let (session, events) = Session::start(&identity.config, session, warm)
         .await
         .map_err(|error| TaskError::internal("Cannot create the container's VM", &error))?;
     let mut container = Container::new(identity, session, hooks, state);

@@ -18,6 +18,7 @@ use super::create::{CreateRequest, create};
 use super::guest_events::GuestEvent;
 use super::inspect::{self, inspect};
 use super::request::{ContainerRequest, Deleted, Handle, Request, no_container};
+use super::warm::Warm;
 use crate::control;
 use crate::error::{Result, TaskError};
 use crate::events::Publisher;
@@ -46,9 +47,10 @@ impl Identity {
 }
 
 /// Starts the driver. It ends after a shutdown request, or when it is told to terminate.
-pub fn spawn(identity: Identity) -> (Handle, JoinHandle<()>) {
+/// Its container's VM may be one that waits already.
+pub fn spawn(identity: Identity, warm: Option<Warm>) -> (Handle, JoinHandle<()>) {
     let (handle, requests) = Handle::new();
-    let driver = Driver { identity, handle: handle.clone(), requests, live: None };
+    let driver = Driver { identity, handle: handle.clone(), requests, warm, live: None };
     (handle, tokio::spawn(driver.run().in_current_span()))
 }
 
@@ -57,6 +59,7 @@ struct Driver {
     /// For the control service.
     handle: Handle,
     requests: mpsc::Receiver<Request>,
+    warm: Option<Warm>,
     live: Option<Live>,
 }
 
@@ -95,6 +98,9 @@ impl Driver {
                     }
                 }
             }
+        }
+        if let Some(warm) = self.warm.take() {
+            warm.discard().await;
         }
         if let Some(live) = self.live.take() {
             info!("Told to end: ending the container");
@@ -147,9 +153,10 @@ impl Driver {
             )));
         }
         let told = task_create(&self.identity, &request);
-        let (container, events) = create(&self.identity, request).await.inspect_err(|error| {
-            error!("Cannot create the container: {error}");
-        })?;
+        let (container, events) =
+            create(&self.identity, request, self.warm.take()).await.inspect_err(|error| {
+                error!("Cannot create the container: {error}");
+            })?;
         let pid = container.pid();
         let socket = container.session().map(|session| session.run_dir().control_socket());
         let control = socket.and_then(|socket| control::serve(&socket, self.handle.clone()));

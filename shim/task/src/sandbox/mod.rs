@@ -20,10 +20,12 @@ mod session;
 mod share;
 mod share_daemon;
 mod task;
+mod warm;
 mod work_dir;
 
 pub use create::CreateRequest;
 pub use driver::{Identity, spawn};
 pub use process::{Exit, Phase};
 pub use request::{Answer, ContainerRequest, Deleted, ExecRequest, Handle, Pid, Request, StateReply};
+pub use warm::Warm;
 pub use work_dir::WorkDir;

@@ -78,6 +78,11 @@ impl Origins {
         Origin::Boot(self.machine.assets.clone())
     }
 
+    /// Name of the template for this VM; `None` when the container wants none.
+    pub fn key(&self) -> Option<&Key> {
+        self.key.as_ref()
+    }
+
     /// Whether the first is a template.
     pub fn is_template(&self) -> bool {
         self.template.is_some()
