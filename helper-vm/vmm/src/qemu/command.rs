@@ -114,9 +114,10 @@ fn machine(args: &mut Vec<String>, spec: &VmSpec, purpose: Purpose) {
 }
 
 fn cpu(args: &mut Vec<String>, vcpus: Vcpus, engine: Engine) {
-    /// MiB of translated code that QEMU keeps for each CPU. It stays in memory once used. Booting fills 24;
-    /// with 16 a guest runs at half the speed, with 48 a fifth faster if its programs are large.
-    const TRANSLATED_CODE: u32 = 32;
+    /// MiB of translated code that QEMU keeps for each CPU; all is thrown away when they are full. They stay in
+    /// memory once used. A restored VM's first container needs more than 32 and after a rehearsal nearly 50: with
+    /// 32 that container takes a third longer to start, and the rehearsal is for nothing.
+    const TRANSLATED_CODE: u32 = 64;
     add(args, "-smp", vcpus.to_string());
     match engine {
         Engine::Kvm { device } => {
@@ -249,7 +250,7 @@ mod tests {
 -object memory-backend-memfd,id=ram,size=512M,share=on
 -m 512M
 -smp 1
--accel tcg,thread=multi,tb-size=32
+-accel tcg,thread=multi,tb-size=64
 -cpu max
 -kernel /guest/kernel
 -initrd /guest/initramfs
