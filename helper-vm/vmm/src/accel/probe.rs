@@ -45,7 +45,7 @@ async fn start_and_stop(
 ) -> Result<(), VmError> {
     let start = VmStart {
         spec: VmSpec::smallest(config.vm.machine),
-        origin: Origin::Boot(assets.clone()),
+        origin: Origin::Boot(Box::new(assets.clone())),
         qemu: qemu.clone(),
         accelerator: Accelerator::Kvm,
         run_dir,

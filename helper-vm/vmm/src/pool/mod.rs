@@ -104,10 +104,13 @@ pub fn size(config: &Config) -> usize {
     usize::try_from(config.pool.size.min(fits)).unwrap_or(usize::MAX)
 }
 
-/// A shim takes no VM from a pool that was started with another configuration.
+/// A shim takes no VM from a pool of another version or with another configuration.
 #[must_use]
 pub fn config_digest(config: &Config) -> String {
-    Sha256::digest(format!("{config:?}")).iter().map(|byte| format!("{byte:02x}")).collect()
+    Sha256::digest(format!("{} {config:?}", env!("CARGO_PKG_VERSION")))
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 /// The most memory that waiting VMs take unless the configuration says otherwise.

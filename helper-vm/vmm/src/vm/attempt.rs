@@ -66,7 +66,11 @@ impl Attempt {
     /// Waits until the guest's console has a line that ends so.
     pub(crate) async fn says(&mut self, phase: Phase, ending: &str) -> Result<(), VmError> {
         let said = self.qemu.console.says(ending);
-        self.wait(phase, async { Ok(said.await) }).await
+        let said = async {
+            said.await;
+            Ok(())
+        };
+        self.wait(phase, said).await
     }
 
     /// Ends QEMU.

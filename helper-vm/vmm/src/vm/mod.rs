@@ -55,7 +55,7 @@ pub type Agent = AgentClient<Channel>;
 #[derive(Clone, Debug)]
 pub enum Origin {
     /// It boots this kernel and initramfs.
-    Boot(GuestAssets),
+    Boot(Box<GuestAssets>),
     /// It goes on where this template was saved, which must be for the very same machine.
     Template(Arc<Template>),
 }

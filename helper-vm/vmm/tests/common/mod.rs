@@ -42,7 +42,7 @@ impl Rig {
         let none = HashMap::<String, String>::new();
         VmStart {
             spec: VmSpec::resolve(&defaults, &Limits::default(), &none, &Host::detect()).unwrap(),
-            origin: Origin::Boot(assets()),
+            origin: Origin::Boot(Box::new(assets())),
             qemu: Qemu::find(&Config::default()).unwrap(),
             accelerator: Accelerator::Tcg,
             run_dir: self.run_dir.clone(),

@@ -37,7 +37,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Verb::Inspect { id } => inspect::run(&context, &id).await,
         Verb::Version => version::run(&context).await,
         Verb::Guest(verb) => guest::run(&context, verb),
-        Verb::Pool(PoolVerb::Run) => pool::run(config()?),
+        Verb::Pool(PoolVerb::Run) => pool::run(&config()?),
         Verb::Pool(PoolVerb::Ls) => pool::list(&context, &config()?),
         Verb::Template(verb) => template::run(&context, verb).await,
     }

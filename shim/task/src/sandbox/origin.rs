@@ -75,7 +75,7 @@ impl Origins {
 
     /// What always works.
     pub fn boot(&self) -> Origin {
-        Origin::Boot(self.machine.assets.clone())
+        Origin::Boot(Box::new(self.machine.assets.clone()))
     }
 
     /// Name of the template for this VM; `None` when the container wants none.

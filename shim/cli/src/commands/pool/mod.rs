@@ -30,23 +30,23 @@ use crate::output;
 use members::Members;
 
 /// Keeps the pool until a signal ends the process.
-pub fn run(config: Config) -> Outcome {
-    let places = size(&config);
+pub fn run(config: &Config) -> Outcome {
+    let places = size(config);
     if places == 0 {
         let error = anyhow!(
             "The configuration wants no waiting VMs: pool.size is 0, or pool.memory is less than vm.memory"
         );
         return Err(Failure::failed(error).hint("set pool.size, such as `[pool]` and `size = 2`"));
     }
-    let _lock = only_one(&config)?;
-    clear_up(&config);
+    let _lock = only_one(config)?;
+    clear_up(config);
     let members = Arc::new(Members::default());
-    let listener = serve::listen(&socket(&config))?;
+    let listener = serve::listen(&socket(config))?;
     for place in 0..places {
         let members = Arc::clone(&members);
         thread::Builder::new().name(format!("place-{place}")).spawn(move || keeper::keep(&members))?;
     }
-    serve::serve(&listener, &members, &config)?;
+    serve::serve(&listener, &members, config)?;
     Ok(Verdict::Good)
 }
 
