@@ -27,10 +27,17 @@ pub mod control {
 
 /// Version of `agent.proto` and of the stdio stream header. A change that an older peer would
 /// misread raises it.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
-/// Oldest version that this build still speaks.
-pub const PROTOCOL_VERSION_MIN: u32 = 1;
+/// Oldest version that this build still speaks: an older agent ignores the seed in `Hello`.
+pub const PROTOCOL_VERSION_MIN: u32 = 2;
+
+/// Length of `HelloRequest.random_seed`: the state of the kernel's generator.
+pub const SEED_BYTES: usize = 32;
+
+/// What the agent's console line ends with when all is prepared and only the vsock device is missing: there
+/// a template is taken. The agent then looks for the device until it is there.
+pub const TEMPLATE_POINT: &str = "waits for its devices";
 
 /// The version that two peers use: the highest that both speak, or `None` when the ranges do not meet.
 #[must_use]
@@ -45,7 +52,7 @@ mod tests {
 
     #[test]
     fn the_highest_common_version_wins() {
-        assert_eq!(negotiate(1, 1), Some(1));
+        assert_eq!(negotiate(PROTOCOL_VERSION_MIN, PROTOCOL_VERSION_MIN), Some(PROTOCOL_VERSION_MIN));
         assert_eq!(negotiate(1, 9), Some(PROTOCOL_VERSION));
         assert_eq!(negotiate(PROTOCOL_VERSION + 1, 9), None);
         assert_eq!(negotiate(0, 0), None);

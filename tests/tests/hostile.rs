@@ -221,7 +221,7 @@ fn output_without_end_can_be_cut_off() {
     container.wait_for("RUNNING");
     thread::sleep(Duration::from_secs(5));
     container.task("delete", &["--force"]);
-    drop(ctr);
+    // It removes its container.
+    ctr.finish();
     watch.assert_small();
-    container.forget();
 }

@@ -47,5 +47,5 @@ mod spec;
 mod sys;
 
 pub use control::ControlError;
-pub use spawn::{Exit, Fsd, SpawnError, spawn};
+pub use spawn::{Connection, Exit, Fsd, SpawnError, spawn, spawn_on};
 pub use spec::{SPEC_VERSION, ShareSpec, SpecError, Top, Volume};

@@ -139,6 +139,26 @@ impl Fsd {
     }
 }
 
+/// The vhost-user connection of a daemon that does not run yet: QEMU may have its end before the daemon is there,
+/// and then waits for it.
+#[derive(Debug)]
+pub struct Connection {
+    listener: UnixListener,
+    /// QEMU's end: take it, or have it from [`Fsd::socket`].
+    pub socket: Option<OwnedFd>,
+}
+
+impl Connection {
+    /// Connects. `socket_dir` holds a socket file for a moment; only root may be able to enter it.
+    ///
+    /// # Errors
+    /// The socket cannot be made there.
+    pub fn new(socket_dir: &Path) -> Result<Self, SpawnError> {
+        let (listener, socket) = connection(&socket_dir.join(SOCKET_NAME))?;
+        Ok(Self { listener, socket: Some(socket.into()) })
+    }
+}
+
 /// Starts `binary` (`vmctr-fsd`) to share what `spec` says, and waits until it serves. `socket_dir` holds a socket
 /// file for a moment; only root may be able to enter it. `log` says what the daemon logs (`info`,
 /// `vmctr_fileshare=debug`, ...). Blocks, as a rule for some milliseconds.
@@ -147,7 +167,21 @@ impl Fsd {
 /// Why the daemon does not serve.
 pub fn spawn(binary: &Path, spec: &ShareSpec, socket_dir: &Path, log: &str) -> Result<Fsd, SpawnError> {
     spec.validate()?;
-    let (listener, socket) = connection(&socket_dir.join(SOCKET_NAME))?;
+    spawn_on(binary, spec, Connection::new(socket_dir)?, log)
+}
+
+/// The same for a connection that is there already.
+///
+/// # Errors
+/// As for [`spawn`].
+pub fn spawn_on(
+    binary: &Path,
+    spec: &ShareSpec,
+    connection: Connection,
+    log: &str,
+) -> Result<Fsd, SpawnError> {
+    spec.validate()?;
+    let Connection { listener, socket } = connection;
     let (mut control, daemon_end) = UnixStream::pair().map_err(ControlError::from)?;
     let (process, stderr) = start(binary, log, daemon_end.into())
         .map_err(|cause| SpawnError::Start { binary: binary.to_owned(), cause })?;
@@ -155,7 +189,7 @@ pub fn spawn(binary: &Path, spec: &ShareSpec, socket_dir: &Path, log: &str) -> R
     control::send_order(&mut control, spec, &listener)?;
     drop(listener);
     match control::receive_answer(&control, PATIENCE)? {
-        Answer::Ready => Ok(Fsd { socket: Some(socket.into()), stderr, process }),
+        Answer::Ready => Ok(Fsd { socket, stderr, process }),
         Answer::Failed(reason) => Err(SpawnError::Refused(reason)),
         Answer::Gone => Err(SpawnError::Died(process.ended.wait())),
     }

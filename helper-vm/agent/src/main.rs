@@ -5,6 +5,8 @@
 //!               boot        mounts, modules, own cgroup, limits that keep PID 1 alive
 //!               service     gRPC on vsock AGENT, thin: each call becomes one verb
 //!               verbs       create, exec, start, ... : the steps of a call, waiting outside the actor
+//!               devices     waits for the vsock device, which a VM from a template gets after its start
+//!               identity    makes randomness and clock this VM's own
 //!               guest       the actor: sole owner of containers, processes, events; reaps
 //!               stdio       raw streams on vsock STDIO, one copying thread per stream
 //!               └─ vmctr-agent runtime create|exec ... (short-lived, single-threaded)
@@ -17,7 +19,9 @@
 
 mod boot;
 mod cgroup;
+mod devices;
 mod guest;
+mod identity;
 mod ids;
 mod rootfs;
 mod runtime;

@@ -4,7 +4,6 @@ use std::io;
 use std::time::Duration;
 
 use anyhow::Context;
-use rustix::time::{ClockId, Timespec, clock_settime};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
@@ -19,7 +18,9 @@ use vmctr_proto::agent::{
 use vmctr_proto::{PROTOCOL_VERSION, PROTOCOL_VERSION_MIN, negotiate, ports};
 
 use crate::boot::console;
+use crate::devices;
 use crate::guest::{self, Handle};
+use crate::identity;
 use crate::stdio::accept::accept;
 use crate::verbs;
 
@@ -43,6 +44,7 @@ pub fn serve() -> anyhow::Result<()> {
         let server =
             tokio::spawn(Server::builder().add_service(service).serve_with_incoming(agent.incoming()));
         console::info(concat!("version ", env!("CARGO_PKG_VERSION"), " serves"));
+        devices::wait().await.context("waiting for the vsock device")?;
         tell_ready().await;
         tokio::select! {
             served = server => served?.context("serving gRPC"),
@@ -84,13 +86,6 @@ async fn done(
     run(async { verb.await.map(|()| Empty {}) }).await
 }
 
-fn set_clock(nanoseconds: u64) -> io::Result<()> {
-    const SECOND: u64 = 1_000_000_000;
-    let tv_sec = i64::try_from(nanoseconds / SECOND).map_err(io::Error::other)?;
-    let tv_nsec = i64::try_from(nanoseconds % SECOND).map_err(io::Error::other)?;
-    Ok(clock_settime(ClockId::Realtime, Timespec { tv_sec, tv_nsec })?)
-}
-
 #[tonic::async_trait]
 impl Agent for Service {
     type EventsStream = ReceiverStream<Result<Event, Status>>;
@@ -103,8 +98,7 @@ impl Agent for Service {
                 hello.protocol_min, hello.protocol_max
             ))
         })?;
-        set_clock(hello.wall_clock_ns)
-            .map_err(|error| Status::internal(format!("setting the clock: {error}")))?;
+        identity::assume(&hello.random_seed, hello.wall_clock_ns).map_err(|error| error.to_status())?;
         let memory = rustix::system::sysinfo();
         Ok(Response::new(HelloReply {
             protocol,
@@ -112,6 +106,10 @@ impl Agent for Service {
             kernel_release: rustix::system::uname().release().to_string_lossy().into_owned(),
             memory_total_bytes: memory.totalram as u64 * u64::from(memory.mem_unit),
         }))
+    }
+
+    async fn rehearse(&self, _: Request<Empty>) -> Result<Response<Empty>, Status> {
+        done(verbs::rehearse(self.guest.clone())).await
     }
 
     async fn mount_share(&self, request: Request<MountShareRequest>) -> Result<Response<Empty>, Status> {

@@ -1,10 +1,12 @@
 //! The few kernel interfaces that have no safe wrapper in the crates used.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socket_with};
 use rustix::process::Pid;
+use vmctr_proto::SEED_BYTES;
 
 /// Restores SIGPIPE's default action, which Rust's start-up code sets to "ignore" and an executed program
 /// would inherit.
@@ -34,6 +36,36 @@ pub fn kill(pid: Pid, signal: Signal) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// struct rand_pool_info of linux/random.h with its bytes.
+#[repr(C)]
+struct Entropy {
+    bits: libc::c_int,
+    size: libc::c_int,
+    bytes: [u8; SEED_BYTES],
+}
+
+const _: () = assert!(size_of::<Entropy>() == 8 + SEED_BYTES);
+
+/// Mixes secret bytes into the kernel's random number generator, counts them as fully random, and makes all
+/// CPUs' generators start from the new state.
+pub fn reseed(seed: &[u8; SEED_BYTES]) -> io::Result<()> {
+    /// _IOW('R', 0x03, int[2])
+    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+    /// _IO('R', 0x07)
+    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+    let random = File::options().write(true).open("/dev/random")?;
+    let entropy =
+        Entropy { bits: SEED_BYTES as libc::c_int * 8, size: SEED_BYTES as libc::c_int, bytes: *seed };
+    // SAFETY: the kernel reads the two numbers and `size` bytes after them, all inside `entropy`.
+    check(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const entropy) })?;
+    // SAFETY: takes no argument.
+    check(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) })
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// One BPF instruction: struct bpf_insn of linux/bpf.h.

@@ -16,6 +16,9 @@ use crate::signature;
 /// Without these a guest cannot run a container: bus, share, union, link to the host.
 const REQUIRED: [&str; 4] = ["virtio_pci", "virtiofs", "overlay", "vmw_vsock_virtio_transport"];
 
+/// Taken when there.
+const WANTED: [&str; 1] = ["virtio_balloon"];
+
 /// More than any module takes.
 const MAX_MODULE: u64 = 64 << 20;
 
@@ -99,6 +102,9 @@ pub fn collect(dir: &Path, release: &str) -> Result<Vec<Module>, ModuleError> {
     let tree = Tree::open(dir, release)?;
     let mut order = LoadOrder { tree: &tree, begun: BTreeSet::new(), done: Vec::new() };
     for name in REQUIRED {
+        order.add(name)?;
+    }
+    for name in WANTED.into_iter().filter(|name| tree.files.contains_key(*name)) {
         order.add(name)?;
     }
     Ok(order.done)

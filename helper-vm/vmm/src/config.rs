@@ -7,6 +7,7 @@
 //! run_dir = "/run/vmctr"               # one directory per VM lives here
 //! guest_dir = "/usr/share/vmctr/guest" # guest kernel and initramfs; default: looked for, see `assets`
 //! qemu = "/usr/bin/qemu-system-x86_64" # default: looked for in PATH
+//! template_dir = "/run/vmctr/templates" # some 60 MiB per shape of VM; default: `templates` in `run_dir`
 //!
 //! [vm]
 //! memory = "512MiB"            # of a container without a memory limit
@@ -15,6 +16,11 @@
 //! machine = "q35"              # or "pc"
 //! accelerator = "auto"         # "kvm", "tcg"
 //! boot_timeout_seconds = 60
+//! start = "template"           # "cold": boot every VM; "pool": take one that waits, see [pool]
+//!
+//! [pool]
+//! size = 0                     # VMs that wait for containers, kept by `vmctr pool run`
+//! memory = "2GiB"              # which together have no more than this
 //!
 //! [jail]
 //! first_uid = 1900000000       # QEMU runs as this user number plus its process ID
@@ -31,7 +37,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::accel::AcceleratorChoice;
 use crate::memory::MemoryMib;
-use crate::spec::{Machine, Vcpus};
+use crate::spec::{Machine, StartMode, Vcpus};
 
 /// Environment variable that names the file.
 pub const CONFIG_ENV: &str = "VMCTR_CONFIG";
@@ -52,8 +58,13 @@ pub struct Config {
     /// QEMU's binary.
     #[serde(deserialize_with = "absolute_option")]
     pub qemu: Option<PathBuf>,
+    /// Directory of the templates.
+    #[serde(deserialize_with = "absolute_option")]
+    pub template_dir: Option<PathBuf>,
     /// What a VM gets when the container asks for nothing else.
     pub vm: VmDefaults,
+    /// VMs that wait.
+    pub pool: PoolConfig,
     /// How QEMU is confined.
     pub jail: JailConfig,
     /// What is logged.
@@ -76,6 +87,24 @@ pub struct VmDefaults {
     pub accelerator: AcceleratorChoice,
     /// How long the guest may take from QEMU's start until the agent answers.
     pub boot_timeout_seconds: Seconds,
+    /// How VMs start.
+    pub start: StartMode,
+}
+
+/// The `[pool]` table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PoolConfig {
+    /// How many.
+    pub size: u32,
+    /// How much memory they have, all together.
+    pub memory: MemoryMib,
+}
+
+impl Default for PoolConfig {
+    fn default() -> Self {
+        Self { size: 0, memory: crate::pool::DEFAULT_MEMORY }
+    }
 }
 
 /// The `[jail]` table.
@@ -237,7 +266,9 @@ impl Default for Config {
             run_dir: PathBuf::from("/run/vmctr"),
             guest_dir: None,
             qemu: None,
+            template_dir: None,
             vm: VmDefaults::default(),
+            pool: PoolConfig::default(),
             jail: JailConfig::default(),
             log: LogConfig::default(),
         }
@@ -253,6 +284,7 @@ impl Default for VmDefaults {
             machine: Machine::default(),
             accelerator: AcceleratorChoice::default(),
             boot_timeout_seconds: Seconds(60),
+            start: StartMode::default(),
         }
     }
 }
@@ -338,6 +370,7 @@ mod tests {
         let mut documented = parse(&doc).unwrap();
         assert_eq!(documented.guest_dir.take(), Some("/usr/share/vmctr/guest".into()));
         assert_eq!(documented.qemu.take(), Some("/usr/bin/qemu-system-x86_64".into()));
+        assert_eq!(documented.template_dir.take(), Some("/run/vmctr/templates".into()));
         assert_eq!(documented, Config::default());
         assert_eq!(parse("").unwrap(), Config::default());
     }
@@ -361,6 +394,8 @@ mod tests {
             ("[log]\nlevel = \"loud\"\n", 2, "`log.level`"),
             ("run_dir = \"run\"\n", 1, "`run_dir`"),
             ("guest_dir = \"x\"\n", 1, "`guest_dir`"),
+            ("template_dir = \"x\"\n", 1, "`template_dir`"),
+            ("[vm]\nstart = \"warm\"\n", 2, "`vm.start`"),
         ] {
             let message = refusal(text);
             assert!(message.starts_with(&format!("/etc/vmctr/config.toml:{line}: ")), "{message}");

@@ -5,10 +5,11 @@
 //! number of lines per second that reach the log is limited; the reader never stops, so QEMU never waits.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::io::AsyncRead;
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tracing::Instrument as _;
@@ -41,15 +42,27 @@ impl Speaker {
 #[derive(Debug)]
 pub(crate) struct Console {
     tail: Arc<Mutex<Tail>>,
+    /// A line has come.
+    news: Arc<Notify>,
     reader: JoinHandle<()>,
 }
 
 impl Console {
     /// Starts forwarding.
     pub(crate) fn forward(stream: impl AsyncRead + Unpin + Send + 'static, speaker: Speaker) -> Self {
-        let tail = Arc::new(Mutex::new(Tail::default()));
-        let reader = tokio::spawn(read(stream, speaker, tail.clone()).in_current_span());
-        Self { tail, reader }
+        let (tail, news) = (Arc::new(Mutex::new(Tail::default())), Arc::new(Notify::new()));
+        let reader = tokio::spawn(read(stream, speaker, tail.clone(), news.clone()).in_current_span());
+        Self { tail, news, reader }
+    }
+
+    /// Waits until one of the last lines ends so.
+    pub(crate) fn says(&self, ending: &str) -> impl Future<Output = ()> + use<> {
+        let (tail, news, ending) = (self.tail.clone(), self.news.clone(), ending.to_owned());
+        async move {
+            while !lock(&tail).last.iter().any(|line| line.ends_with(&ending)) {
+                news.notified().await;
+            }
+        }
     }
 
     /// Waits for the stream's end, for a writer that is gone already.
@@ -62,7 +75,7 @@ impl Console {
 
     /// The lines that tell most about an end: the kernel's own verdict, else the last ones.
     pub(crate) fn last_words(&self) -> Option<String> {
-        self.tail.lock().unwrap_or_else(PoisonError::into_inner).last_words()
+        lock(&self.tail).last_words()
     }
 }
 
@@ -72,7 +85,11 @@ impl Drop for Console {
     }
 }
 
-async fn read(stream: impl AsyncRead + Unpin, speaker: Speaker, tail: Arc<Mutex<Tail>>) {
+fn lock(tail: &Mutex<Tail>) -> MutexGuard<'_, Tail> {
+    tail.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn read(stream: impl AsyncRead + Unpin, speaker: Speaker, tail: Arc<Mutex<Tail>>, news: Arc<Notify>) {
     let mut lines = LineReader::new(stream, LINE_LIMIT);
     let mut rate = LogRate::new(Instant::now());
     // A broken stream ends like a closed one: the process at its other end is what is watched.
@@ -87,7 +104,9 @@ async fn read(stream: impl AsyncRead + Unpin, speaker: Speaker, tail: Arc<Mutex<
             }
             speaker.log(&text);
         }
-        tail.lock().unwrap_or_else(PoisonError::into_inner).push(text);
+        lock(&tail).push(text);
+        // Kept for one who is about to wait.
+        news.notify_one();
     }
 }
 
@@ -153,5 +172,19 @@ mod tests {
         let mut console = Console::forward(std::io::Cursor::new(input), Speaker::Guest);
         console.drain().await;
         assert_eq!(console.last_words().unwrap(), "line 997 / line 998 / line 999");
+    }
+
+    #[tokio::test]
+    async fn a_line_is_waited_for_whether_it_came_before_or_after() {
+        use tokio::io::AsyncWriteExt as _;
+
+        let (theirs, mut ours) = tokio::io::duplex(64);
+        let console = Console::forward(theirs, Speaker::Guest);
+        ours.write_all(b"agent: ready\n").await.unwrap();
+        console.says("ready").await;
+        console.says("ready").await;
+        assert!(timeout(Duration::from_millis(50), console.says("gone")).await.is_err());
+        ours.write_all(b"agent: gone\n").await.unwrap();
+        console.says("gone").await;
     }
 }

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::UnixStream;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::lines::{Line, LineReader};
 
@@ -62,7 +62,7 @@ enum Message {
     },
     Return {
         #[serde(rename = "return")]
-        _value: Value,
+        value: Value,
     },
     Error {
         error: ErrorBody,
@@ -105,6 +105,44 @@ impl Qmp {
         self.execute("cont").await
     }
 
+    /// Writes the state of a stopped machine.
+    pub(crate) async fn save(&mut self, uri: &str) -> Result<(), QmpError> {
+        self.migrate("migrate", uri).await
+    }
+
+    /// Reads a machine's state; QEMU was started with `-incoming defer`.
+    pub(crate) async fn restore(&mut self, uri: &str) -> Result<(), QmpError> {
+        self.migrate("migrate-incoming", uri).await
+    }
+
+    /// Plugs a device in.
+    pub(crate) async fn device_add(&mut self, device: Value) -> Result<(), QmpError> {
+        self.ask("device_add", device).await.map(drop)
+    }
+
+    /// QEMU answers at once and goes on in the background.
+    async fn migrate(&mut self, command: &'static str, uri: &str) -> Result<(), QmpError> {
+        const POLL: Duration = Duration::from_millis(1);
+        // The RAM is in its file already: the state leaves it out.
+        let without_ram = json!({ "capability": "x-ignore-shared", "state": true });
+        self.ask("migrate-set-capabilities", json!({ "capabilities": [without_ram] })).await?;
+        self.ask(command, json!({ "uri": uri })).await?;
+        let done = async {
+            loop {
+                let info = self.ask("query-migrate", json!({})).await?;
+                match info["status"].as_str() {
+                    Some("completed") => return Ok(()),
+                    Some("failed" | "cancelled") => {
+                        let description = shorten(info["error-desc"].as_str().unwrap_or("it failed"));
+                        return Err(QmpError::Refused { command, description });
+                    }
+                    _ => sleep(POLL).await,
+                }
+            }
+        };
+        timeout(REPLY_LIMIT, done).await.map_err(|_| QmpError::Silent { command })?
+    }
+
     /// Reads events until the monitor breaks, and says how. Cancel safe.
     pub(crate) async fn broken(&mut self) -> QmpError {
         loop {
@@ -121,16 +159,20 @@ impl Qmp {
     }
 
     async fn execute(&mut self, command: &'static str) -> Result<(), QmpError> {
-        let mut line = json!({ "execute": command }).to_string();
+        self.ask(command, json!({})).await.map(drop)
+    }
+
+    async fn ask(&mut self, command: &'static str, arguments: Value) -> Result<Value, QmpError> {
+        let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
         self.lines.stream_mut().write_all(line.as_bytes()).await?;
         timeout(REPLY_LIMIT, self.reply(command)).await.map_err(|_| QmpError::Silent { command })?
     }
 
-    async fn reply(&mut self, command: &'static str) -> Result<(), QmpError> {
+    async fn reply(&mut self, command: &'static str) -> Result<Value, QmpError> {
         loop {
             match self.read().await? {
-                Message::Return { .. } => return Ok(()),
+                Message::Return { value } => return Ok(value),
                 Message::Error { error } => {
                     return Err(QmpError::Refused { command, description: shorten(&error.desc) });
                 }
@@ -208,5 +250,17 @@ mod tests {
         });
         assert!(matches!(Qmp::connect(ours).await, Err(QmpError::Message(_))));
         drop(sent.await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_state_is_restored_when_qemu_says_so() {
+        let active = r#"{"return": {"status": "active"}}"#;
+        let completed = r#"{"return": {"status": "completed"}}"#;
+        let failed = r#"{"return": {"status": "failed", "error-desc": "Unknown section"}}"#;
+        let (qmp, _theirs) = scripted(&[GREETING, OK, OK, OK, active, completed]).await;
+        qmp.unwrap().restore("file:x").await.unwrap();
+        let (qmp, _theirs) = scripted(&[GREETING, OK, OK, OK, failed]).await;
+        let message = qmp.unwrap().save("file:x").await.unwrap_err().to_string();
+        assert_eq!(message, "QEMU refused migrate: Unknown section");
     }
 }

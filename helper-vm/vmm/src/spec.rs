@@ -23,6 +23,41 @@ pub const MEMORY_ANNOTATION: &str = "io.vmctr.memory";
 /// Annotation that sets the number of the VM's CPUs.
 pub const VCPUS_ANNOTATION: &str = "io.vmctr.vcpus";
 
+/// Annotation that sets how the VM starts: `cold`, `template` or `pool`.
+pub const START_ANNOTATION: &str = "io.vmctr.start";
+
+/// How a VM starts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StartMode {
+    /// It boots, and shares nothing with any other VM.
+    Cold,
+    /// It goes on from a VM that was booted once for all; where there is none yet, it boots and one is made.
+    #[default]
+    Template,
+    /// It is one that waits in the pool; where none waits, or the container wants another size, a template.
+    Pool,
+}
+
+impl StartMode {
+    /// The container's own choice, else the configuration's.
+    ///
+    /// # Errors
+    /// An annotation that names no mode.
+    pub fn resolve<S: BuildHasher>(
+        default: Self,
+        annotations: &HashMap<String, String, S>,
+    ) -> Result<Self, SpecError> {
+        match annotations.get(START_ANNOTATION).map(String::as_str) {
+            None => Ok(default),
+            Some("cold") => Ok(Self::Cold),
+            Some("template") => Ok(Self::Template),
+            Some("pool") => Ok(Self::Pool),
+            Some(given) => Err(SpecError::StartAnnotation { given: given.to_owned() }),
+        }
+    }
+}
+
 /// The guest does not boot with less.
 pub const MEMORY_MIN: MemoryMib = MemoryMib::new(128);
 
@@ -141,6 +176,12 @@ pub enum SpecError {
         given: String,
         /// The host's CPUs.
         host: Vcpus,
+    },
+    /// The annotation's value is no way to start.
+    #[error("Annotation {START_ANNOTATION}={given:?} is none of \"cold\", \"template\" and \"pool\"")]
+    StartAnnotation {
+        /// As written.
+        given: String,
     },
     /// Less than the guest boots with.
     #[error("{source_name} gives the VM {given}, but the guest needs at least {MEMORY_MIN}")]
@@ -317,5 +358,18 @@ mod tests {
     fn this_host_has_cpus_and_memory() {
         let host = Host::detect();
         assert!(host.cpus >= Vcpus::ONE && host.memory.mib() > 64);
+    }
+
+    #[test]
+    fn the_container_chooses_how_it_starts() {
+        let choice = |text: &str| {
+            let annotations = HashMap::from([(START_ANNOTATION.to_owned(), text.to_owned())]);
+            StartMode::resolve(StartMode::Template, &annotations)
+        };
+        assert_eq!(choice("cold").unwrap(), StartMode::Cold);
+        assert_eq!(choice("template").unwrap(), StartMode::Template);
+        assert!(choice("warm").unwrap_err().to_string().contains("io.vmctr.start=\"warm\""));
+        let none = HashMap::<String, String>::new();
+        assert_eq!(StartMode::resolve(StartMode::Cold, &none).unwrap(), StartMode::Cold);
     }
 }

@@ -8,6 +8,7 @@ mod common;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -18,16 +19,20 @@ use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 use vmctr_vmm::config::FirstUid;
-use vmctr_vmm::jail::{EXIT_STATUS, GUEST_FILES, JailSpec, Limits};
+use vmctr_vmm::jail::{EXIT_STATUS, GuestFile, JailSpec, Limits};
+
+const GUEST_FILES: [GuestFile; 3] = [GuestFile::Kernel, GuestFile::Initramfs, GuestFile::Ram];
 
 /// A detached mount with the guest's files, inherited by children under its own number.
 fn guest() -> OwnedFd {
     let tmpfs = fsopen("tmpfs", FsOpenFlags::empty()).unwrap();
     fsconfig_create(&tmpfs).unwrap();
     let mount = fsmount(&tmpfs, FsMountFlags::empty(), MountAttrFlags::empty()).unwrap();
-    for name in GUEST_FILES {
-        let file = openat(&mount, name, OFlags::CREATE | OFlags::WRONLY, Mode::from_raw_mode(0o444)).unwrap();
-        File::from(file).write_all(name.as_bytes()).unwrap();
+    for name in GUEST_FILES.map(GuestFile::name) {
+        let file = File::from(openat(&mount, name, OFlags::CREATE | OFlags::WRONLY, Mode::empty()).unwrap());
+        (&file).write_all(name.as_bytes()).unwrap();
+        // Whoever may write to the file, mounts decide.
+        file.set_permissions(fs::Permissions::from_mode(0o666)).unwrap();
     }
     fcntl_setfd(&mount, FdFlags::empty()).unwrap();
     mount
@@ -41,6 +46,7 @@ fn spec(guest: &OwnedFd, script: &str) -> JailSpec {
         prefix: None,
         args: vec!["-c".to_owned(), script.to_owned()],
         guest: guest.as_raw_fd(),
+        guest_files: GUEST_FILES.to_vec(),
         fds: vec![],
         limits: Limits { file_size: 1 << 20, open_files: 64, threads: 8 },
     }
@@ -100,7 +106,8 @@ fn it_sees_the_guests_files_and_the_system_only() {
 }
 
 #[test]
-fn it_writes_nowhere() {
+fn it_writes_nowhere_but_to_its_guests_memory() {
+    assert_eq!(said("echo x > /guest/ram; read -r a < /guest/ram; echo $a"), "x");
     for path in ["/x", "/dev/x", "/guest/kernel", "/guest/x", "/usr/x", "/etc/ld.so.cache"] {
         let message = said(&format!("echo x > {path}"));
         assert!(

@@ -25,7 +25,7 @@ use vmctr_vmm::error_chain;
 use vmctr_vmm::qemu::Qemu;
 use vmctr_vmm::run_dir::Role;
 use vmctr_vmm::spec::{Machine, VmSpec};
-use vmctr_vmm::vm::{Phase, Vm, VmState};
+use vmctr_vmm::vm::{Origin, Phase, Vm, VmState};
 
 /// One VM at a time, as the tests look at the process's children.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
@@ -156,7 +156,7 @@ async fn a_guest_without_an_init_panics_and_the_reason_says_so() {
     let _turn = ONE_AT_A_TIME.lock().await;
     let rig = Rig::new();
     let mut start = rig.start();
-    start.assets = assets_with(rig.root.path(), None, Some(b"no archive at all"));
+    start.origin = Origin::Boot(Box::new(assets_with(rig.root.path(), None, Some(b"no archive at all"))));
     let message = Vm::start(start).await.unwrap_err().to_string();
     assert!(message.starts_with("The guest ended before the VM was ready (exit status: 0)"), "{message}");
     assert!(message.contains("Kernel panic - not syncing"), "{message}");
@@ -168,7 +168,11 @@ async fn an_elf_file_that_is_no_kernel_is_refused_by_qemu() {
     let _turn = ONE_AT_A_TIME.lock().await;
     let rig = Rig::new();
     let mut start = rig.start();
-    start.assets = assets_with(rig.root.path(), Some(b"\x7fELF but no kernel, only its first bytes"), None);
+    start.origin = Origin::Boot(Box::new(assets_with(
+        rig.root.path(),
+        Some(b"\x7fELF but no kernel, only its first bytes"),
+        None,
+    )));
     let message = Vm::start(start).await.unwrap_err().to_string();
     assert!(message.contains("QEMU ended before the VM was ready"), "{message}");
     assert!(message.contains("QEMU last said: "), "{message}");

@@ -66,6 +66,68 @@ pub enum Verb {
     /// Build or look at what the VMs boot: a kernel and an initramfs
     #[command(subcommand)]
     Guest(GuestVerb),
+    /// List, make or remove the templates that VMs are restored from
+    #[command(subcommand)]
+    Template(TemplateVerb),
+    /// Keep VMs that wait for containers, or list them
+    #[command(subcommand)]
+    Pool(PoolVerb),
+}
+
+/// Verbs of `vmctr pool`.
+#[derive(Debug, Subcommand)]
+pub enum PoolVerb {
+    /// Keep as many VMs waiting as the configuration says, until this program ends
+    ///
+    /// Containers with vm.start = "pool", or the annotation io.vmctr.start=pool, take one of them. However this
+    /// program ends, VMs that wait end with it, and VMs that were taken do not notice.
+    Run,
+    /// List the VMs that wait or are being prepared
+    ///
+    /// Exits 127 when no pool runs.
+    Ls,
+}
+
+/// Verbs of `vmctr template`.
+#[derive(Debug, Subcommand)]
+pub enum TemplateVerb {
+    /// List the templates: key, size, age, and the VMs that they are for
+    Ls,
+    /// Make the template for VMs of this size, unless it is there
+    ///
+    /// The first container that needs one has it made in the background; making it beforehand spares that
+    /// container the boot.
+    Create(TemplateCreate),
+    /// Remove templates
+    ///
+    /// VMs that run are not affected. The next container boots and has a new one made. Exits 127 when there is
+    /// no template with the key.
+    Rm(TemplateRm),
+}
+
+/// Arguments of `vmctr template create`.
+#[derive(Args, Debug)]
+pub struct TemplateCreate {
+    /// Memory of the VMs [default: vm.memory of the configuration]
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<String>,
+    /// CPUs of the VMs [default: vm.vcpus of the configuration]
+    #[arg(long, value_name = "COUNT")]
+    pub vcpus: Option<String>,
+    /// Leave the terminal's session and the CPU to others
+    #[arg(long, hide = true)]
+    pub background: bool,
+}
+
+/// Arguments of `vmctr template rm`.
+#[derive(Args, Debug)]
+pub struct TemplateRm {
+    /// Keys, as `vmctr template ls` shows them
+    #[arg(value_name = "KEY", required_unless_present = "all")]
+    pub keys: Vec<String>,
+    /// Every template
+    #[arg(long, conflicts_with = "keys")]
+    pub all: bool,
 }
 
 /// Verbs of `vmctr guest`.

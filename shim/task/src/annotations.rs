@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use vmctr_vmm::spec::{MEMORY_ANNOTATION, VCPUS_ANNOTATION};
+use vmctr_vmm::spec::{MEMORY_ANNOTATION, START_ANNOTATION, VCPUS_ANNOTATION};
 
 /// Everything that starts so is ours.
 const PREFIX: &str = "io.vmctr.";
@@ -15,7 +15,7 @@ const UPPER: &str = "io.vmctr.upper";
 /// Host folder that takes the changes, so that the container's root folder stays untouched.
 const UPPER_DIR: &str = "io.vmctr.upper-dir";
 
-const KNOWN: [&str; 4] = [MEMORY_ANNOTATION, VCPUS_ANNOTATION, UPPER, UPPER_DIR];
+const KNOWN: [&str; 5] = [MEMORY_ANNOTATION, VCPUS_ANNOTATION, START_ANNOTATION, UPPER, UPPER_DIR];
 
 /// Where changes of the root file system go.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -30,6 +30,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use containerd_shim::{Flags, parse};
 use tokio::runtime::{Builder, Runtime};
+use vmctr_vmm::pool::MEMBER_ACTION;
 
 /// The driver, its calls and the services wait much and compute little.
 const WORKERS: usize = 2;
@@ -56,6 +57,7 @@ fn run() -> Result<()> {
     match flags.action.as_str() {
         "start" => launch::start::run(&flags),
         "delete" => runtime()?.block_on(launch::delete::run(&flags)),
+        MEMBER_ACTION => wait_in_pool(),
         "" => serve(&flags),
         other => bail!("unknown action {other:?}; known are start and delete"),
     }
@@ -67,9 +69,17 @@ fn serve(flags: &Flags) -> Result<()> {
             "this program is run by containerd: see https://github.com/containerd/containerd/blob/main/core/runtime/v2/README.md"
         );
     }
+    let address = env::var(launch::TTRPC_ADDRESS).context(launch::TTRPC_ADDRESS)?;
     let runtime = runtime()?;
-    let served = runtime.block_on(launch::server::run(flags));
+    let served = runtime.block_on(launch::server::run(flags, &address, None));
     // Threads that still wait for a FIFO end with the process.
+    runtime.shutdown_background();
+    served
+}
+
+fn wait_in_pool() -> Result<()> {
+    let runtime = runtime()?;
+    let served = runtime.block_on(launch::member::run());
     runtime.shutdown_background();
     served
 }

@@ -32,9 +32,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use command::Output;
+use command::{Output, TIME_LIMIT, eventually};
 use container::{Container, Run};
 use containerd::{Containerd, LogLevel};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use scope::{Scope, shim_socket};
 use serde_json::{Value, json};
 use slots::Slot;
@@ -75,7 +77,19 @@ impl Rig {
         let environment = |config_file: &Path| environment(config_file, guest_dir);
         let rig = Self::start(VMCTR, config, LogLevel::Debug, environment);
         rig.import_busybox(&[]);
+        if config.is_empty() {
+            rig.make_template();
+        }
         rig
+    }
+
+    /// Makes the template that tests share, unless it is there.
+    fn make_template(&self) {
+        let busy = "Another process is making";
+        eventually("the template is made", TIME_LIMIT, || {
+            let made = command::run(self.vmctr_command().args(["template", "create"]));
+            made.code() == 0 || !made.errors().contains(busy)
+        });
     }
 
     /// A rig whose containers run under runc, and the busybox image.
@@ -105,7 +119,8 @@ impl Rig {
         let scope = Scope::new();
         fs::create_dir(run_dir(&scope)).expect("the test's folder is writable");
         let config_file = scope.folder().join("vmctr.toml");
-        let text = format!("run_dir = {:?}\n{config}", run_dir(&scope));
+        let templates = template_dir(&scope, config);
+        let text = format!("run_dir = {:?}\ntemplate_dir = {templates:?}\n{config}", run_dir(&scope));
         fs::write(&config_file, text).expect("the test's folder is writable");
         let daemon = Containerd::start(&scope, level, environment(&config_file));
         Self { runtime, ids: RefCell::default(), daemon, scope, _slot: slot }
@@ -246,9 +261,24 @@ impl Rig {
     fn leftovers(&mut self) -> Vec<String> {
         let mut left = self.containers();
         self.daemon.stop();
+        self.end_makers();
         left.extend(self.scope.leftovers());
         left.extend(self.files());
         left
+    }
+
+    /// A template that is being made for a later container is no leftover; whoever makes it may be killed.
+    fn end_makers(&self) {
+        for pid in self.makers() {
+            // It may have ended meanwhile.
+            let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
+        }
+    }
+
+    /// Processes that make templates for this rig's containers.
+    pub fn makers(&self) -> Vec<u32> {
+        let makes = |pid: &u32| proc::command_line(*pid).contains("vmctr template create");
+        self.scope.processes().into_iter().filter(makes).collect()
     }
 
     fn containers(&self) -> Vec<String> {
@@ -294,6 +324,14 @@ impl Rig {
 
 fn run_dir(scope: &Scope) -> PathBuf {
     scope.folder().join("run")
+}
+
+/// One for all tests, as making a template takes seconds; its own for a test that is about templates.
+fn template_dir(scope: &Scope, config: &str) -> PathBuf {
+    if config.contains("start = \"template\"") {
+        return scope.folder().join("templates");
+    }
+    prerequisites::template_dir()
 }
 
 /// Folders in the run directory: one per VM. Plain files are caches that outlive a VM.

@@ -31,6 +31,11 @@ pub fn kernel_package() -> PathBuf {
     PathBuf::from(output.text().trim())
 }
 
+/// Folder of the templates that the tests share.
+pub fn template_dir() -> PathBuf {
+    workspace().join("target/templates")
+}
+
 /// One of the project's binaries.
 pub fn binary(name: &str) -> PathBuf {
     let path = bin_dir().join(name);

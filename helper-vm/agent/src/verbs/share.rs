@@ -8,6 +8,7 @@ use vmctr_proto::agent::MountShareRequest;
 use vmctr_proto::guest_paths::SHARE_DIR;
 
 use super::{Error, Result, blocking, io_error};
+use crate::devices;
 use crate::guest::{Guest, Handle};
 
 /// Longest tag that a virtiofs device has (virtio specification, section 5.11.4).
@@ -48,8 +49,13 @@ fn begin(guest: &mut Guest, tag: String) -> Result<bool> {
 fn mount_at_share_dir(tag: &str) -> Result<()> {
     fs::create_dir_all(SHARE_DIR).map_err(io_error(SHARE_DIR))?;
     // No flags: a root folder's mount has those of the share, and a root may hold set-user-ID programs.
-    mount(tag, SHARE_DIR, "virtiofs", MountFlags::empty(), None)
-        .map_err(|error| Error::Io(format!("mounting share {tag:?}"), error.into()))
+    let mounted = || mount(tag, SHARE_DIR, "virtiofs", MountFlags::empty(), None);
+    let mounted = mounted().or_else(|_| {
+        // A device that was plugged in a moment ago.
+        devices::look()?;
+        Ok::<_, std::io::Error>(mounted()?)
+    });
+    mounted.map_err(|error| Error::Io(format!("mounting share {tag:?}"), error))
 }
 
 /// Writes everything that is dirty back to the host.

@@ -51,7 +51,9 @@ fn begin_init(guest: &mut Guest, id: &ProcessId) -> Result<(Pid, String, Helper)
 
 /// libcontainer adds processes only to a container that its own record calls running.
 fn mark_running(dir: &Path) -> Result<()> {
-    let mut stored = Stored::load(dir.to_owned()).map_err(Error::Mark)?;
+    // A process that ends while its record is compared with /proc fails the first look; the second sees its end.
+    let load = || Stored::load(dir.to_owned());
+    let mut stored = load().or_else(|_| load()).map_err(Error::Mark)?;
     // One that has ended meanwhile takes no more processes, and the record may say so.
     if stored.status() == ContainerStatus::Created {
         stored.set_status(ContainerStatus::Running).save().map_err(Error::Mark)?;

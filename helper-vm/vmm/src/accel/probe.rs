@@ -7,7 +7,7 @@ use crate::error_chain::error_chain;
 use crate::qemu::Qemu;
 use crate::run_dir::{Owner, RunDir};
 use crate::spec::VmSpec;
-use crate::vm::{Vm, VmError, VmStart};
+use crate::vm::{Origin, Vm, VmError, VmStart};
 
 /// Boots the smallest VM under KVM and ends it again. Nothing is left running, whatever the answer.
 pub(super) async fn probe(config: &Config, assets: &GuestAssets, qemu: &Qemu) -> Result<Resolution, VmError> {
@@ -45,12 +45,13 @@ async fn start_and_stop(
 ) -> Result<(), VmError> {
     let start = VmStart {
         spec: VmSpec::smallest(config.vm.machine),
-        assets: assets.clone(),
+        origin: Origin::Boot(Box::new(assets.clone())),
         qemu: qemu.clone(),
         accelerator: Accelerator::Kvm,
         run_dir,
         jail: config.jail.clone(),
         share: None,
+        share_later: false,
         boot_timeout: PROBE_LIMIT,
     };
     Vm::start(start).await?.stop().await

@@ -30,7 +30,7 @@ use nix::unistd::{Gid, Uid, chdir, getpid, getppid, pivot_root, setgroups, setre
 use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, move_mount};
 
-use super::{FIRST_FD, GUEST_DIR, GUEST_FILES, JailSpec, Limits, sys};
+use super::{FIRST_FD, GuestFile, JailSpec, Limits, sys};
 
 /// Where the new root is put together. Any directory of the host does, as the mount namespace is private
 /// and every source is opened before.
@@ -74,7 +74,7 @@ pub fn enter(spec: &JailSpec) -> Result<Infallible, JailError> {
         | CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWUTS;
     unshare(namespaces).step("make namespaces: run as root")?;
-    build_root(spec.prefix.as_deref(), &guest)?;
+    build_root(spec, &guest)?;
     drop(guest);
     enter_root()?;
     set_limits(spec.limits)?;
@@ -124,11 +124,11 @@ fn open_source(path: &Path, target: &Path) -> Result<Source, JailError> {
     open().step(format!("open {}", path.display()))
 }
 
-fn build_root(prefix: Option<&Path>, guest: &OwnedFd) -> Result<(), JailError> {
+fn build_root(spec: &JailSpec, guest: &OwnedFd) -> Result<(), JailError> {
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).step("make mounts private")?;
     // Only now: the kernel binds nothing that was opened in another mount namespace.
-    let HostEntries { binds, links } = host_entries(prefix)?;
+    let HostEntries { binds, links } = host_entries(spec.prefix.as_deref())?;
     let sources = binds.iter().map(|path| open_source(path, path)).collect::<Result<Vec<_>, _>>()?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("tmpfs"), ROOT, Some("tmpfs"), flags, Some("mode=755,size=64k")).step("mount the new root")?;
@@ -136,8 +136,12 @@ fn build_root(prefix: Option<&Path>, guest: &OwnedFd) -> Result<(), JailError> {
         symlink(target, in_root(path)).step(format!("make {}", path.display()))?;
     }
     sources.iter().try_for_each(bind)?;
-    bind_guest_files(guest)?;
-    sys::make_read_only(ROOT).step("make the new root read-only")
+    bind_guest_files(guest, &spec.guest_files)?;
+    sys::make_read_only(ROOT).step("make the new root read-only")?;
+    let writable = spec.guest_files.iter().filter(|file| file.is_writable());
+    writable
+        .map(|file| in_root(Path::new(&file.path())))
+        .try_for_each(|path| sys::make_writable(&path).step("make the guest's RAM writable"))
 }
 
 fn bind(source: &Source) -> Result<(), JailError> {
@@ -158,15 +162,15 @@ fn bind(source: &Source) -> Result<(), JailError> {
 
 /// The parent keeps the files open for writing, so their own mount cannot be made read-only; binds of them
 /// can.
-fn bind_guest_files(guest: &OwnedFd) -> Result<(), JailError> {
+fn bind_guest_files(guest: &OwnedFd, files: &[GuestFile]) -> Result<(), JailError> {
     let stage = in_root(Path::new("/stage"));
     let attach = || {
         make_dir(&stage)?;
         move_mount(guest, "", CWD, &stage, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(io::Error::from)
     };
     attach().step("attach the guest's files")?;
-    for name in GUEST_FILES {
-        bind(&open_source(&stage.join(name), &Path::new(GUEST_DIR).join(name))?)?;
+    for file in files {
+        bind(&open_source(&stage.join(file.name()), Path::new(&file.path()))?)?;
     }
     umount2(&stage, MntFlags::MNT_DETACH).step("detach the guest's files")?;
     fs::remove_dir(&stage).step("detach the guest's files")

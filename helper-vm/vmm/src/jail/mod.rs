@@ -6,11 +6,11 @@
 //!   ├── usr      the host's, read-only; bin, lib, lib64, ... as on the host (symlinks or the directories)
 //!   ├── (opt/x)  QEMU's own prefix, when it is not in /usr, read-only
 //!   ├── etc/ld.so.cache
-//!   ├── guest/kernel, guest/initramfs      this VM's copies, see `guest_files`
+//!   ├── guest/kernel, guest/initramfs, guest/ram      this VM's own, see `guest_files`
 //!   └── dev/null, dev/urandom
 //! ```
 //!
-//! Invariants: no file that QEMU sees is writable; its user owns nothing and is shared with no other live
+//! Invariants: no file that QEMU sees is writable but its guest's RAM, where that is a file; its user owns nothing and is shared with no other live
 //! process; it has no capabilities, no network, and no file descriptors but the listed ones. `/dev/kvm` is
 //! one of those, opened by the parent, so that its user needs no right to the device's node.
 
@@ -30,8 +30,41 @@ pub const EXIT_STATUS: i32 = 125;
 /// Directory of the VM's copies of the guest's files inside the jail.
 pub const GUEST_DIR: &str = "/guest";
 
-/// Names of the kernel and the initramfs in [`GUEST_DIR`].
-pub const GUEST_FILES: [&str; 2] = ["kernel", "initramfs"];
+/// A file of one VM's own in [`GUEST_DIR`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GuestFile {
+    /// What the guest boots.
+    Kernel,
+    /// Its first file system.
+    Initramfs,
+    /// Its memory, where that comes from or goes into a template.
+    Ram,
+}
+
+impl GuestFile {
+    /// Its name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kernel => "kernel",
+            Self::Initramfs => "initramfs",
+            Self::Ram => "ram",
+        }
+    }
+
+    /// Where QEMU sees it.
+    #[must_use]
+    pub fn path(self) -> String {
+        format!("{GUEST_DIR}/{}", self.name())
+    }
+
+    /// Whether QEMU may write to it.
+    #[must_use]
+    pub fn is_writable(self) -> bool {
+        self == Self::Ram
+    }
+}
 
 /// First number of the passed file descriptors inside the jail; the others follow in order.
 pub const FIRST_FD: i32 = 3;
@@ -50,8 +83,10 @@ pub struct JailSpec {
     pub args: Vec<String>,
     /// Directory outside `/usr` that holds the program and what it needs, if that is where it is.
     pub prefix: Option<PathBuf>,
-    /// File descriptor of the detached mount that holds [`GUEST_FILES`], as numbered on entry.
+    /// File descriptor of the detached mount that holds `guest_files`, as numbered on entry.
     pub guest: i32,
+    /// What there is in that mount.
+    pub guest_files: Vec<GuestFile>,
     /// File descriptors that it inherits, as numbered on entry.
     pub fds: Vec<i32>,
     /// Its resource limits.

@@ -2,6 +2,8 @@
 
 use std::ffi::CString;
 use std::os::fd::{FromRawFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
 use std::{io, mem};
 
 /// Gives `fds` the numbers `first` and up, open across exec, and marks every higher descriptor close-on-exec.
@@ -35,17 +37,27 @@ fn check(result: i32) -> io::Result<i32> {
 
 /// Makes the mount at `path` and all mounts below it read-only and deaf to set-user-ID bits.
 pub(super) fn make_read_only(path: &str) -> io::Result<()> {
-    let path = CString::new(path)?;
+    let set = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID;
+    change_mount(Path::new(path), libc::AT_RECURSIVE, set, 0)
+}
+
+/// Makes the one mount at `path` writable again.
+pub(super) fn make_writable(path: &Path) -> io::Result<()> {
+    change_mount(path, 0, 0, libc::MOUNT_ATTR_RDONLY)
+}
+
+fn change_mount(path: &Path, flags: libc::c_int, set: u64, clear: u64) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
     // SAFETY: the structure is plain numbers, for which all-zero bytes are valid.
     let mut attributes: libc::mount_attr = unsafe { mem::zeroed() };
-    attributes.attr_set = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID;
+    (attributes.attr_set, attributes.attr_clr) = (set, clear);
     // SAFETY: `path` ends with NUL; the structure lives through the call and its true size is passed.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
             libc::AT_FDCWD,
             path.as_ptr(),
-            libc::AT_RECURSIVE,
+            flags,
             &raw const attributes,
             mem::size_of_val(&attributes),
         )

@@ -1,14 +1,32 @@
 //! QEMU's command line: a pure function of the machine and of the numbers that the passed file descriptors
 //! have in QEMU.
 //!
-//! What is there is what the guest needs: RAM that vhost-user daemons can map, a serial console, vsock, and
-//! the share. No network, no disk, no display, no USB, no firmware settings from files. Entropy comes from
+//! What is there is what the guest needs: RAM that vhost-user daemons can map, a serial console, a balloon that
+//! gives free memory back, vsock, and the share. No network, no disk, no display, no USB, no firmware settings from files. Entropy comes from
 //! the CPU (RDRAND, which TCG provides too), so there is no device for it.
+//!
+//! A VM that becomes a template and one that is restored from it have the same machine, but for the vhost-user
+//! devices, which the template does not have. QEMU cannot save the vsock device, and refuses to restore a state
+//! into a machine with such a device; so both are plugged in afterwards ([`late_vsock`], [`late_share`]), on a PCI
+//! Express machine into ports that the template has for them.
 
+use serde_json::{Value, json};
 use vmctr_proto::guest_paths::SHARE_TAG;
 
-use crate::jail::{GUEST_DIR, GUEST_FILES};
+use crate::jail::GuestFile;
 use crate::spec::{Machine, Vcpus, VmSpec};
+
+/// Where QEMU finds the file descriptor of a template's state.
+pub const STATE_URI: &str = "file:/dev/fdset/2";
+
+const VSOCK: &str = "vsock";
+const VSOCK_DRIVER: &str = "vhost-user-vsock-pci";
+const SHARE: &str = "share";
+const SHARE_DRIVER: &str = "vhost-user-fs-pci";
+
+/// Where the devices of a restored VM go.
+const VSOCK_PORT: &str = "late-vsock";
+const SHARE_PORT: &str = "late-share";
 
 /// Numbers of the file descriptors that QEMU inherits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,9 +36,26 @@ pub struct QemuFds {
     /// Stream socket that the guest's console is written to.
     pub console: i32,
     /// vhost-user socket of the vsock device.
-    pub vsock: i32,
+    pub vsock: Option<i32>,
     /// vhost-user socket of the share.
     pub share: Option<i32>,
+}
+
+/// What the machine is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Boots and is used.
+    Boot,
+    /// Boots and is saved: its RAM is a file, `state` the number of the descriptor for the rest.
+    Template {
+        /// Open for writing.
+        state: i32,
+    },
+    /// Goes on where a template was saved.
+    Restore {
+        /// Open for reading.
+        state: i32,
+    },
 }
 
 /// What runs the guest's instructions.
@@ -40,13 +75,13 @@ pub enum Engine {
 
 /// Arguments after the program's name.
 #[must_use]
-pub fn arguments(spec: &VmSpec, engine: Engine, fds: QemuFds) -> Vec<String> {
+pub fn arguments(spec: &VmSpec, engine: Engine, purpose: Purpose, fds: QemuFds) -> Vec<String> {
     let mut args = vec![];
     isolate(&mut args);
-    machine(&mut args, spec);
+    machine(&mut args, spec, purpose);
     cpu(&mut args, spec.vcpus(), engine);
-    boot(&mut args, engine);
-    devices(&mut args, fds);
+    guest(&mut args, engine, purpose);
+    devices(&mut args, spec.machine(), purpose, fds);
     args
 }
 
@@ -61,21 +96,28 @@ fn isolate(args: &mut Vec<String>) {
     add(args, "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
 }
 
-fn machine(args: &mut Vec<String>, spec: &VmSpec) {
+fn machine(args: &mut Vec<String>, spec: &VmSpec, purpose: Purpose) {
     let trimmed = match spec.machine() {
         Machine::Q35 => "q35,sata=off,smbus=off,i8042=off,usb=off,vmport=off,hpet=off,smm=off",
         Machine::Pc => "pc,smbus=off,i8042=off,usb=off,vmport=off,hpet=off,smm=off",
     };
     add(args, "-machine", format!("{trimmed},memory-backend=ram"));
     let size = spec.memory().mib();
-    add(args, "-object", format!("memory-backend-memfd,id=ram,size={size}M,share=on"));
+    let backend = match purpose {
+        Purpose::Boot => "memory-backend-memfd".to_owned(),
+        Purpose::Template { .. } | Purpose::Restore { .. } => {
+            format!("memory-backend-file,mem-path={}", GuestFile::Ram.path())
+        }
+    };
+    add(args, "-object", format!("{backend},id=ram,size={size}M,share=on"));
     add(args, "-m", format!("{size}M"));
 }
 
 fn cpu(args: &mut Vec<String>, vcpus: Vcpus, engine: Engine) {
-    /// MiB of translated code that QEMU keeps for each CPU. It stays in memory once used. Booting fills 24;
-    /// with 16 a guest runs at half the speed, with 48 a fifth faster if its programs are large.
-    const TRANSLATED_CODE: u32 = 32;
+    /// MiB of translated code that QEMU keeps for each CPU; all is thrown away when they are full. They stay in
+    /// memory once used. A restored VM's first container needs more than 32 and after a rehearsal nearly 50: with
+    /// 32 that container takes a third longer to start, and the rehearsal is for nothing.
+    const TRANSLATED_CODE: u32 = 64;
     add(args, "-smp", vcpus.to_string());
     match engine {
         Engine::Kvm { device } => {
@@ -91,11 +133,28 @@ fn cpu(args: &mut Vec<String>, vcpus: Vcpus, engine: Engine) {
     }
 }
 
-fn boot(args: &mut Vec<String>, engine: Engine) {
-    let [kernel, initramfs] = GUEST_FILES.map(|name| format!("{GUEST_DIR}/{name}"));
-    add(args, "-kernel", kernel);
-    add(args, "-initrd", initramfs);
+fn guest(args: &mut Vec<String>, engine: Engine, purpose: Purpose) {
+    match purpose {
+        Purpose::Boot => kernel(args, engine),
+        Purpose::Template { state } => {
+            kernel(args, engine);
+            saved_state(args, state);
+        }
+        Purpose::Restore { state } => {
+            add(args, "-incoming", "defer");
+            saved_state(args, state);
+        }
+    }
+}
+
+fn kernel(args: &mut Vec<String>, engine: Engine) {
+    add(args, "-kernel", GuestFile::Kernel.path());
+    add(args, "-initrd", GuestFile::Initramfs.path());
     add(args, "-append", kernel_arguments(engine));
+}
+
+fn saved_state(args: &mut Vec<String>, state: i32) {
+    add(args, "-add-fd", format!("fd={state},set=2"));
 }
 
 /// A panic ends the VM at once (`panic=-1` with QEMU's `-no-reboot`). Without KVM the guest shares no
@@ -111,16 +170,48 @@ fn kernel_arguments(engine: Engine) -> String {
     }
 }
 
-fn devices(args: &mut Vec<String>, fds: QemuFds) {
+fn devices(args: &mut Vec<String>, machine: Machine, purpose: Purpose, fds: QemuFds) {
     add(args, "-chardev", format!("socket,id=qmp,fd={}", fds.qmp));
     add(args, "-mon", "chardev=qmp,mode=control");
     add(args, "-chardev", format!("socket,id=console,fd={}", fds.console));
     add(args, "-serial", "chardev:console");
-    add(args, "-chardev", format!("socket,id=vsock,fd={}", fds.vsock));
-    add(args, "-device", "vhost-user-vsock-pci,chardev=vsock");
+    // What a template has comes first, so that it has the same places on the bus with and without the others.
+    add(args, "-device", "virtio-balloon-pci,free-page-reporting=on");
+    if purpose != Purpose::Boot && machine == Machine::Q35 {
+        for (slot, port) in (1..).zip([VSOCK_PORT, SHARE_PORT]) {
+            add(args, "-device", format!("pcie-root-port,id={port},chassis={slot},slot={slot}"));
+        }
+    }
+    if let Some(vsock) = fds.vsock {
+        add(args, "-chardev", format!("socket,id={VSOCK},fd={vsock}"));
+    }
     if let Some(share) = fds.share {
-        add(args, "-chardev", format!("socket,id=share,fd={share}"));
-        add(args, "-device", format!("vhost-user-fs-pci,chardev=share,tag={SHARE_TAG}"));
+        add(args, "-chardev", format!("socket,id={SHARE},fd={share}"));
+    }
+    if purpose == Purpose::Boot && fds.vsock.is_some() {
+        add(args, "-device", format!("{VSOCK_DRIVER},chardev={VSOCK}"));
+    }
+    if purpose == Purpose::Boot && fds.share.is_some() {
+        add(args, "-device", format!("{SHARE_DRIVER},chardev={SHARE},tag={SHARE_TAG}"));
+    }
+}
+
+/// Arguments of the monitor's `device_add` for the vsock device of a restored VM.
+#[must_use]
+pub fn late_vsock(machine: Machine) -> Value {
+    json!({ "driver": VSOCK_DRIVER, "chardev": VSOCK, "bus": late_bus(machine, VSOCK_PORT) })
+}
+
+/// The same for its share.
+#[must_use]
+pub fn late_share(machine: Machine) -> Value {
+    json!({ "driver": SHARE_DRIVER, "chardev": SHARE, "tag": SHARE_TAG, "bus": late_bus(machine, SHARE_PORT) })
+}
+
+fn late_bus(machine: Machine, port: &'static str) -> &'static str {
+    match machine {
+        Machine::Q35 => port,
+        Machine::Pc => "pci.0",
     }
 }
 
@@ -133,7 +224,7 @@ mod tests {
     use crate::memory::MemoryMib;
     use crate::spec::{Host, Limits};
 
-    const FDS: QemuFds = QemuFds { qmp: 3, console: 4, vsock: 5, share: Some(6) };
+    const FDS: QemuFds = QemuFds { qmp: 3, console: 4, vsock: Some(5), share: Some(6) };
     const TCG: Engine = Engine::Tcg { tsc_khz: 2_600_000 };
 
     fn spec(machine: Machine) -> VmSpec {
@@ -159,7 +250,7 @@ mod tests {
 -object memory-backend-memfd,id=ram,size=512M,share=on
 -m 512M
 -smp 1
--accel tcg,thread=multi,tb-size=32
+-accel tcg,thread=multi,tb-size=64
 -cpu max
 -kernel /guest/kernel
 -initrd /guest/initramfs
@@ -168,16 +259,17 @@ mod tests {
 -mon chardev=qmp,mode=control
 -chardev socket,id=console,fd=4
 -serial chardev:console
+-device virtio-balloon-pci,free-page-reporting=on
 -chardev socket,id=vsock,fd=5
--device vhost-user-vsock-pci,chardev=vsock
 -chardev socket,id=share,fd=6
+-device vhost-user-vsock-pci,chardev=vsock
 -device vhost-user-fs-pci,chardev=share,tag=vmctr";
-        assert_eq!(lines(&arguments(&spec(Machine::Q35), TCG, FDS)), want);
+        assert_eq!(lines(&arguments(&spec(Machine::Q35), TCG, Purpose::Boot, FDS)), want);
     }
 
     #[test]
     fn kvm_comes_by_descriptor_and_keeps_mitigations() {
-        let text = lines(&arguments(&spec(Machine::Q35), Engine::Kvm { device: 7 }, FDS));
+        let text = lines(&arguments(&spec(Machine::Q35), Engine::Kvm { device: 7 }, Purpose::Boot, FDS));
         assert!(text.contains("\n-add-fd fd=7,set=1\n-accel kvm,device=/dev/fdset/1\n-cpu host\n"), "{text}");
         assert!(!text.contains("mitigations"), "{text}");
     }
@@ -185,8 +277,35 @@ mod tests {
     #[test]
     fn without_a_share_there_is_no_virtiofs_device() {
         let fds = QemuFds { share: None, ..FDS };
-        let text = lines(&arguments(&spec(Machine::Pc), TCG, fds));
+        let text = lines(&arguments(&spec(Machine::Pc), TCG, Purpose::Boot, fds));
         assert!(!text.contains("vhost-user-fs"), "{text}");
         assert!(text.contains("\n-machine pc,"), "{text}");
+    }
+
+    /// QEMU takes a state only into the machine that it was saved from.
+    #[test]
+    fn a_restored_machine_differs_from_its_template_in_its_start_and_the_added_devices() {
+        let bare = QemuFds { vsock: None, share: None, ..FDS };
+        let template = arguments(&spec(Machine::Q35), TCG, Purpose::Template { state: 9 }, bare);
+        let restored = arguments(&spec(Machine::Q35), TCG, Purpose::Restore { state: 9 }, FDS);
+        let only_in = |one: &[String], other: &[String]| {
+            let (one, other) = (lines(one), lines(other));
+            let differs = |line: &&str| !other.lines().any(|other| other == *line);
+            one.lines()
+                .filter(differs)
+                .filter_map(|line| line.split(' ').next())
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        assert_eq!(only_in(&template, &restored), "-kernel -initrd -append");
+        assert_eq!(only_in(&restored, &template), "-incoming -chardev -chardev");
+        assert!(lines(&template).contains("\n-device pcie-root-port,id=late-vsock,"));
+        assert_eq!(late_vsock(Machine::Q35)["bus"], "late-vsock");
+        assert_eq!(late_share(Machine::Q35)["bus"], "late-share");
+        assert_eq!(late_vsock(Machine::Pc)["bus"], "pci.0");
+        assert!(
+            lines(&template)
+                .contains("\n-object memory-backend-file,mem-path=/guest/ram,id=ram,size=512M,share=on\n")
+        );
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod command;
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::{env, fmt, fs, io};
@@ -9,6 +10,7 @@ use std::{env, fmt, fs, io};
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
+use crate::run_dir::{make_dir, write_whole};
 
 /// Name in PATH.
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -28,7 +30,7 @@ pub struct QemuVersion {
 }
 
 /// A QEMU that is new enough.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Qemu {
     path: PathBuf,
     version: QemuVersion,
@@ -79,6 +81,26 @@ impl Qemu {
         Self::at(&path)
     }
 
+    /// As [`Qemu::find`], but asks a binary for its version once only: the answer is kept in the run directory
+    /// until the file changes. Without a run directory that can be written to, it is asked each time.
+    ///
+    /// # Errors
+    /// As for [`Qemu::find`].
+    pub fn find_known(config: &Config) -> Result<Self, QemuError> {
+        let path = config.qemu.clone().or_else(in_path).ok_or(QemuError::Missing)?;
+        let memory = config.run_dir.join("qemu.json");
+        let id = FileId::of(&path).ok();
+        if let Some(known) = Known::read(&memory).filter(|known| Some(&known.id) == id.as_ref()) {
+            return known.qemu.new_enough();
+        }
+        let qemu = Self::at(&path)?;
+        if let Some(id) = id {
+            // It is asked again then.
+            let _ = Known { id, qemu: qemu.clone() }.write(&memory);
+        }
+        Ok(qemu)
+    }
+
     /// The QEMU at this path.
     ///
     /// # Errors
@@ -91,10 +113,14 @@ impl Qemu {
             let answer = answer.lines().next().unwrap_or_default().chars().take(80).collect();
             return Err(QemuError::NoVersion { path, answer });
         };
-        if version < VERSION_MIN {
-            return Err(QemuError::TooOld { path, found: version });
+        Self { path, version }.new_enough()
+    }
+
+    fn new_enough(self) -> Result<Self, QemuError> {
+        if self.version < VERSION_MIN {
+            return Err(QemuError::TooOld { path: self.path, found: self.version });
         }
-        Ok(Self { path, version })
+        Ok(self)
     }
 
     /// The binary, symlinks resolved.
@@ -107,6 +133,45 @@ impl Qemu {
     #[must_use]
     pub fn version(&self) -> QemuVersion {
         self.version
+    }
+}
+
+/// A file as it is now: a package's update gives another inode or another time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FileId {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+}
+
+impl FileId {
+    pub(crate) fn of(path: &Path) -> io::Result<Self> {
+        let path = fs::canonicalize(path)?;
+        let found = fs::metadata(&path)?;
+        let modified = (found.mtime(), found.mtime_nsec());
+        Ok(Self { device: found.dev(), inode: found.ino(), size: found.size(), modified, path })
+    }
+}
+
+/// `qemu.json`: a binary that was asked already.
+#[derive(Serialize, Deserialize)]
+struct Known {
+    id: FileId,
+    qemu: Qemu,
+}
+
+impl Known {
+    fn read(file: &Path) -> Option<Self> {
+        serde_json::from_slice(&fs::read(file).ok()?).ok()
+    }
+
+    fn write(&self, file: &Path) -> io::Result<()> {
+        if let Some(dir) = file.parent() {
+            make_dir(dir)?;
+        }
+        write_whole(file, &serde_json::to_vec(self)?)
     }
 }
 
@@ -182,5 +247,34 @@ mod tests {
     fn something_else_is_refused() {
         assert!(matches!(fake("hello"), Err(QemuError::NoVersion { .. })));
         assert!(matches!(Qemu::at(Path::new("/nonexistent")), Err(QemuError::Run { .. })));
+    }
+
+    #[test]
+    fn a_binary_is_asked_again_only_when_it_has_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qemu");
+        let config =
+            Config { run_dir: dir.path().join("run"), qemu: Some(path.clone()), ..Config::default() };
+        let put = |version: &str| {
+            fs::remove_file(&path).unwrap_or_default();
+            let script = format!(
+                "#!/bin/sh\necho x >> {}/asked\necho 'QEMU emulator version {version}'\n",
+                dir.path().display()
+            );
+            fs::write(&path, script).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        };
+        let asked = || fs::read_to_string(dir.path().join("asked")).unwrap().lines().count();
+        put("9.1.0");
+        for _ in 0..3 {
+            assert_eq!(Qemu::find_known(&config).unwrap().version(), version(9, 1, 0));
+        }
+        assert_eq!(asked(), 1);
+        put("10.0.2");
+        assert_eq!(Qemu::find_known(&config).unwrap().version(), version(10, 0, 2));
+        assert_eq!(asked(), 2);
+        fs::write(config.run_dir.join("qemu.json"), "{").unwrap();
+        assert_eq!(Qemu::find_known(&config).unwrap().version(), version(10, 0, 2));
+        assert_eq!(asked(), 3);
     }
 }

@@ -1,7 +1,8 @@
 //! The connection to the guest's agent: gRPC over a vsock stream. Replies, headers and waits are bounded, as
 //! the guest may answer anything or nothing.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hyper_util::rt::TokioIo;
@@ -9,7 +10,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use tower::service_fn;
 use vmctr_proto::agent::agent_client::AgentClient;
 use vmctr_proto::agent::{HelloReply, HelloRequest};
-use vmctr_proto::{PROTOCOL_VERSION, PROTOCOL_VERSION_MIN, ports};
+use vmctr_proto::{PROTOCOL_VERSION, PROTOCOL_VERSION_MIN, SEED_BYTES, ports};
 
 use super::{Agent, VmError};
 use crate::vsock::VsockHost;
@@ -47,11 +48,14 @@ async fn connect(vsock: VsockHost) -> Result<Agent, VmError> {
     Ok(AgentClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT))
 }
 
-/// Settles the protocol version and sets the guest's clock.
-async fn hello(agent: &mut Agent) -> Result<HelloReply, VmError> {
+/// Settles the protocol version, makes the guest's random numbers its own and sets its clock.
+pub(super) async fn hello(agent: &mut Agent) -> Result<HelloReply, VmError> {
     let request = HelloRequest {
         protocol_min: PROTOCOL_VERSION_MIN,
         protocol_max: PROTOCOL_VERSION,
+        random_seed: random_seed()
+            .map_err(|source| VmError::Host { action: "make a random seed", source })?,
+        // Last, so that it is as late as can be.
         wall_clock_ns: wall_clock_ns(),
     };
     let reply = agent.hello(request).await.map_err(|status| VmError::Hello(Box::new(status)))?.into_inner();
@@ -60,6 +64,12 @@ async fn hello(agent: &mut Agent) -> Result<HelloReply, VmError> {
     } else {
         Err(VmError::Protocol(reply.protocol))
     }
+}
+
+fn random_seed() -> io::Result<Vec<u8>> {
+    let mut seed = vec![0; SEED_BYTES];
+    File::open("/dev/urandom")?.read_exact(&mut seed)?;
+    Ok(seed)
 }
 
 fn wall_clock_ns() -> u64 {

@@ -1,21 +1,28 @@
-//! The start of a VM, phase by phase, each watched for QEMU's end and for the common time limit.
+//! The start of a VM, phase by phase.
+//!
+//! ```text
+//!   boot      spawn ──────────────────────────> boot ──> hello
+//!   template  spawn ──> restore ──> resume ────────────> hello
+//!             └ copy of the memory ┘
+//! ```
 
-use std::future::Future;
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use tokio::net::UnixStream;
 use tokio::sync::watch;
-use tokio::time::timeout_at;
+use tokio::task::{JoinHandle, spawn_blocking};
 use vmctr_proto::agent::HelloReply;
+use vmctr_proto::ports;
 
+use super::attempt::Attempt;
 use super::driver::Running;
-use super::launch::{Launched, launch};
-use super::qemu_process::QemuProcess;
-use super::{Agent, Phase, PhaseTime, Started, VmError, VmStart, VmState, agent};
+use super::launch::{Job, Launch, boot_files, host, restore_files, serve_vsock};
+use super::{Agent, Origin, Phase, Started, VmError, VmStart, VmState, agent};
 use crate::guest_files::GuestFiles;
-use crate::qmp::{Qmp, QmpError};
-use crate::run_dir::{Role, RunDir};
+use crate::qemu::command::{STATE_URI, late_share, late_vsock};
+use crate::qmp::Qmp;
+use crate::run_dir::Role;
+use crate::template::TemplateError;
 use crate::vsock::{Listener, UnixServer, VsockHost};
 
 /// Takes a VM from `Spec` to `Running`. On an error QEMU is killed and reaped.
@@ -24,19 +31,47 @@ pub(super) async fn boot(
     state: &watch::Sender<VmState>,
 ) -> Result<(Running, Started), VmError> {
     move_to(state, VmState::Starting)?;
-    let clock = Clock::new(start.boot_timeout);
-    let Launched { qemu, pid, vsock, qmp, ready, guest_files } = launch(&mut start).await?;
-    let mut boot = Boot { state, clock, qemu, qmp: None, vsock, run_dir: &start.run_dir };
-    match boot.run(pid, qmp, ready, guest_files).await {
-        Ok(Booted { qmp, vsock_socket, agent, hello }) => {
-            let Boot { clock, qemu, vsock, .. } = boot;
-            let VmStart { spec, accelerator, .. } = start;
-            let phases = clock.times;
+    let begin = Instant::now();
+    let Prepared { files, job, copied } = prepare(&start).await?;
+    let (vsock, qemu_vsock) = serve_vsock(&start.run_dir)?;
+    // In place before the guest can connect.
+    let ready = vsock.listen(ports::READY).map_err(io::Error::other).map_err(host("listen for the guest"))?;
+    let share_now = start.share.is_some() && !start.share_later;
+    let launch = Launch {
+        spec: &start.spec,
+        qemu: &start.qemu,
+        accelerator: start.accelerator,
+        jail: &start.jail,
+        files: &files,
+        job,
+        vsock: Some(qemu_vsock),
+        share: start.share.take(),
+    };
+    let launched = launch.start().await?;
+    let pid = launched.pid;
+    let (mut attempt, qmp) = Attempt::new(launched, begin, start.boot_timeout, state.subscribe());
+    let boot = Boot { attempt: &mut attempt, state, vsock: &vsock, start: &start, share_now };
+    let booted = async {
+        start.run_dir.record(Role::Qemu, pid)?;
+        boot.attempt.spawned(qmp).await?;
+        boot.run(ready, files, copied).await
+    };
+    match booted.await {
+        Ok(Booted { vsock_socket, agent, hello }) => {
+            let (qemu, qmp, phases) = attempt.finish()?;
+            let (spec, accelerator) = (start.spec, start.accelerator);
+            let running = Running {
+                qemu,
+                qmp,
+                agent: agent.clone(),
+                machine: spec.machine(),
+                _vsock_socket: vsock_socket,
+            };
             let started = Started { spec, accelerator, qemu_pid: pid, vsock, agent, hello, phases };
-            Ok((Running { qemu, qmp, _vsock_socket: vsock_socket }, started))
+            Ok((running, started))
         }
         Err(error) => {
-            boot.qemu.kill().await?;
+            attempt.kill().await?;
             Err(error)
         }
     }
@@ -49,102 +84,88 @@ pub(super) fn move_to(state: &watch::Sender<VmState>, next: VmState) -> Result<(
     Ok(())
 }
 
-/// Time since QEMU's start, cut into phases.
-struct Clock {
-    limit: Duration,
-    begin: Instant,
-    phase_begin: Instant,
-    times: Vec<PhaseTime>,
+/// What there is before QEMU starts.
+struct Prepared {
+    files: GuestFiles,
+    job: Job,
+    /// The copy of a template's memory, under way.
+    copied: Option<JoinHandle<Result<(), TemplateError>>>,
 }
 
-impl Clock {
-    fn new(limit: Duration) -> Self {
-        let now = Instant::now();
-        Self { limit, begin: now, phase_begin: now, times: vec![] }
-    }
-
-    fn end(&mut self, phase: Phase) {
-        let now = Instant::now();
-        self.times.push(PhaseTime { phase, duration: now - self.phase_begin });
-        self.phase_begin = now;
+async fn prepare(start: &VmStart) -> Result<Prepared, VmError> {
+    match &start.origin {
+        Origin::Boot(assets) => {
+            let (files, _) = boot_files(assets, &start.spec, false).await?;
+            Ok(Prepared { files, job: Job::Boot, copied: None })
+        }
+        Origin::Template(template) => {
+            let (files, ram) = restore_files(&start.spec)?;
+            let state = template.open_state().map_err(host("open the template's state"))?;
+            template.touch();
+            let template = template.clone();
+            let copied = spawn_blocking(move || template.copy_ram(&ram));
+            Ok(Prepared { files, job: Job::Restore(state), copied: Some(copied) })
+        }
     }
 }
 
 /// What the phases made.
 struct Booted {
-    qmp: Qmp,
     vsock_socket: UnixServer,
     agent: Agent,
     hello: HelloReply,
 }
 
-/// A start under way.
+/// A start whose QEMU is up.
 struct Boot<'a> {
+    attempt: &'a mut Attempt,
     state: &'a watch::Sender<VmState>,
-    clock: Clock,
-    qemu: QemuProcess,
-    /// From the end of the first phase on.
-    qmp: Option<Qmp>,
-    vsock: VsockHost,
-    run_dir: &'a RunDir,
+    vsock: &'a VsockHost,
+    start: &'a VmStart,
+    /// Whether a restored VM has its share before it goes on.
+    share_now: bool,
 }
 
 impl Boot<'_> {
     async fn run(
-        &mut self,
-        pid: u32,
-        qmp: UnixStream,
+        self,
         mut ready: Listener,
-        guest_files: GuestFiles,
+        files: GuestFiles,
+        copied: Option<JoinHandle<Result<(), TemplateError>>>,
     ) -> Result<Booted, VmError> {
-        self.run_dir.record(Role::Qemu, pid)?;
-        let qmp = self.during(Phase::Spawn, async { Ok(Qmp::connect(qmp).await?) }).await?;
-        self.qmp = Some(qmp);
-
-        let accepted = async { ready.accept().await.map_err(vsock_error) };
-        self.during(Phase::Boot, accepted).await?;
-        move_to(self.state, VmState::Ready)?;
-        guest_files.free().map_err(|source| VmError::Host { action: "free the guest's files", source })?;
-
-        let vsock = self.vsock.clone();
-        let (agent, hello) = self.during(Phase::Hello, agent::greet(vsock)).await?;
-        let vsock_socket = self.vsock.serve_unix(&self.run_dir.vsock_socket()).map_err(vsock_error)?;
-        move_to(self.state, VmState::Running)?;
-        let qmp = self.qmp.take().ok_or(QmpError::Closed)?;
-        Ok(Booted { qmp, vsock_socket, agent, hello })
-    }
-
-    /// Runs one phase. QEMU's end explains a broken connection better than the connection does.
-    async fn during<T>(
-        &mut self,
-        phase: Phase,
-        work: impl Future<Output = Result<T, VmError>>,
-    ) -> Result<T, VmError> {
-        let deadline = tokio::time::Instant::from_std(self.clock.begin + self.clock.limit);
-        let done = tokio::select! {
-            done = timeout_at(deadline, work) => done,
-            _ = self.qemu.child.wait() => return Err(self.qemu.end(self.now(), self.qmp.as_mut()).await),
+        let waits = match copied {
+            None => Phase::Boot,
+            Some(copied) => {
+                self.attempt.wait(Phase::Copy, copy_done(copied)).await?;
+                let (machine, share) = (self.start.spec.machine(), self.share_now);
+                let restore = async |qmp: &mut Qmp| {
+                    qmp.restore(STATE_URI).await?;
+                    qmp.device_add(late_vsock(machine)).await?;
+                    if share {
+                        qmp.device_add(late_share(machine)).await?;
+                    }
+                    Ok(qmp.cont().await?)
+                };
+                self.attempt.control(Phase::Restore, restore).await?;
+                Phase::Resume
+            }
         };
-        match done {
-            Ok(Ok(value)) => {
-                self.clock.end(phase);
-                Ok(value)
-            }
-            Ok(Err(error)) => {
-                let end = self.qemu.end_soon(self.now(), self.qmp.as_mut()).await;
-                Err(end.unwrap_or(error))
-            }
-            Err(_) => Err(self.too_late(phase)),
-        }
-    }
+        let accepted = async { ready.accept().await.map_err(vsock_error) };
+        self.attempt.wait(waits, accepted).await?;
+        move_to(self.state, VmState::Ready)?;
+        files.free().map_err(host("free the guest's files"))?;
 
-    fn now(&self) -> VmState {
-        self.state.borrow().clone()
+        let greeted = agent::greet(self.vsock.clone());
+        let (agent, hello) = self.attempt.wait(Phase::Hello, greeted).await?;
+        let vsock_socket = self.vsock.serve_unix(&self.start.run_dir.vsock_socket()).map_err(vsock_error)?;
+        move_to(self.state, VmState::Running)?;
+        Ok(Booted { vsock_socket, agent, hello })
     }
+}
 
-    fn too_late(&self, phase: Phase) -> VmError {
-        VmError::TimeLimit { phase, limit: self.clock.limit, last_words: self.qemu.console.last_words() }
-    }
+async fn copy_done(copied: JoinHandle<Result<(), TemplateError>>) -> Result<(), VmError> {
+    let copied = copied.await.map_err(io::Error::other).map_err(host("copy the template's memory"))?;
+    copied.map_err(|error| VmError::Template(Box::new(error)))
 }
 
 fn vsock_error(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> VmError {

@@ -6,17 +6,26 @@
 //!                       └────> QMP stop, cont; SIGKILL
 //! ```
 
-use tokio::sync::{mpsc, oneshot, watch};
+use std::time::Duration;
 
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
+
+use super::agent::hello;
 use super::boot::{boot, move_to};
 use super::qemu_process::QemuProcess;
-use super::{Started, VmError, VmStart, VmState};
+use super::{Agent, Started, VmError, VmStart, VmState};
 use crate::error_chain::error_chain;
+use crate::qemu::command::late_share;
 use crate::qmp::Qmp;
+use crate::spec::Machine;
 use crate::vsock::UnixServer;
 
 /// Requests that may wait.
 pub(super) const QUEUE: usize = 16;
+
+/// To set the guest's clock after a pause.
+const CLOCK_LIMIT: Duration = Duration::from_secs(5);
 
 /// Where a request's result goes.
 pub(super) type Answer = oneshot::Sender<Result<(), VmError>>;
@@ -26,6 +35,7 @@ pub(super) type Answer = oneshot::Sender<Result<(), VmError>>;
 pub(super) enum Request {
     Pause(Answer),
     Resume(Answer),
+    PlugShare(Answer),
     Stop(Answer),
 }
 
@@ -39,6 +49,8 @@ pub(super) struct Driver {
 pub(super) struct Running {
     pub qemu: QemuProcess,
     pub qmp: Qmp,
+    pub agent: Agent,
+    pub machine: Machine,
     /// Removes its socket file when dropped.
     pub _vsock_socket: UnixServer,
 }
@@ -87,7 +99,12 @@ impl Driver {
                     let _ = answer.send(self.pause(&mut running.qmp).await);
                 }
                 Step::Request(Some(Request::Resume(answer))) => {
-                    let _ = answer.send(self.resume(&mut running.qmp).await);
+                    let _ = answer.send(self.resume(&mut running).await);
+                }
+                Step::Request(Some(Request::PlugShare(answer))) => {
+                    let share = late_share(running.machine);
+                    let plugged = running.qmp.device_add(share).await;
+                    let _ = answer.send(plugged.map_err(VmError::from));
                 }
                 Step::Request(Some(Request::Stop(answer))) => match running.qemu.kill().await {
                     Ok(()) => break Last::Stopped(Some(answer)),
@@ -146,10 +163,17 @@ impl Driver {
         move_to(&self.state, next)
     }
 
-    async fn resume(&self, qmp: &mut Qmp) -> Result<(), VmError> {
+    async fn resume(&self, running: &mut Running) -> Result<(), VmError> {
         let next = self.state.borrow().to(VmState::Running)?;
-        qmp.cont().await?;
-        move_to(&self.state, next)
+        running.qmp.cont().await?;
+        move_to(&self.state, next)?;
+        // The guest's clock stood still. A guest that does not listen keeps the wrong time, no more.
+        match timeout(CLOCK_LIMIT, hello(&mut running.agent)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!("Cannot set the guest's clock: {}", error_chain(&error)),
+            Err(_) => tracing::warn!("The guest did not set its clock within {} s", CLOCK_LIMIT.as_secs()),
+        }
+        Ok(())
     }
 
     fn fail(&self, error: &VmError) {
@@ -164,7 +188,9 @@ impl Driver {
             let (answer, result) = match request {
                 Request::Stop(answer) => (answer, Ok(())),
                 Request::Pause(answer) => (answer, self.state.borrow().to(VmState::Paused).map(drop)),
-                Request::Resume(answer) => (answer, self.state.borrow().to(VmState::Running).map(drop)),
+                Request::Resume(answer) | Request::PlugShare(answer) => {
+                    (answer, self.state.borrow().to(VmState::Running).map(drop))
+                }
             };
             let _ = answer.send(result.map_err(VmError::from));
         }

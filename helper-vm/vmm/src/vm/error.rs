@@ -8,25 +8,38 @@ use super::state::{InvalidMove, VmState};
 use crate::binaries::BinaryError;
 use crate::qmp::QmpError;
 use crate::run_dir::RunDirError;
+use crate::template::TemplateError;
 
 /// The parts of a start, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// QEMU starts in its jail and sets up its devices.
     Spawn,
-    /// The guest boots until its agent says that it serves.
+    /// The guest boots until its agent says that it serves, or waits for its devices.
     Boot,
+    /// A template's memory is copied.
+    Copy,
+    /// QEMU reads a template's state.
+    Restore,
+    /// The restored guest finds its devices, and its agent says that it serves.
+    Resume,
+    /// QEMU writes a template's state.
+    Save,
     /// The agent answers the first call.
     Hello,
 }
 
 impl Phase {
-    /// "spawn", "boot" or "hello".
+    /// "spawn", "boot", ...
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Spawn => "spawn",
             Self::Boot => "boot",
+            Self::Copy => "copy",
+            Self::Restore => "restore",
+            Self::Resume => "resume",
+            Self::Save => "save",
             Self::Hello => "hello",
         }
     }
@@ -35,6 +48,10 @@ impl Phase {
         match self {
             Self::Spawn => "QEMU to start",
             Self::Boot => "the guest to boot",
+            Self::Copy => "the copy of the template's memory",
+            Self::Restore => "QEMU to restore the template",
+            Self::Resume => "the restored guest to find its devices",
+            Self::Save => "QEMU to save the template",
             Self::Hello => "the guest's agent to answer",
         }
     }
@@ -80,6 +97,9 @@ pub enum VmError {
         /// The console's end.
         last_words: Option<String>,
     },
+    /// The template cannot be used.
+    #[error("Cannot restore the VM")]
+    Template(#[source] Box<TemplateError>),
     /// QEMU's monitor.
     #[error("Cannot control QEMU")]
     Qmp(#[from] QmpError),

@@ -8,60 +8,123 @@ use std::{io, process};
 
 use tokio::net::UnixStream;
 use tokio::process::Command;
-use vmctr_proto::{GuestCid, ports};
+use vmctr_proto::GuestCid;
 
+use super::VmError;
 use super::qemu_process::QemuProcess;
-use super::{VmError, VmStart};
 use crate::accel::Accelerator;
 use crate::assets::GuestAssets;
 use crate::binaries;
+use crate::config::JailConfig;
 use crate::console::{Console, Speaker};
 use crate::guest_files::GuestFiles;
 use crate::jail::{FIRST_FD, JailSpec, Limits, prefix_outside_usr};
-use crate::qemu::command::{Engine, QemuFds, arguments};
+use crate::qemu::Qemu;
+use crate::qemu::command::{Engine, Purpose, QemuFds, arguments};
 use crate::run_dir::RunDir;
 use crate::spawn::spawn;
+use crate::spec::VmSpec;
 use crate::tsc::Reading;
-use crate::vsock::{Listener, VsockHost};
+use crate::vsock::VsockHost;
 
 const JAIL: &str = "vmctr-jail";
 
-/// A QEMU that was started, and this process's ends of its connections. Dropping it kills QEMU.
-pub(super) struct Launched {
+/// What QEMU is started with.
+pub(crate) struct Launch<'a> {
+    pub spec: &'a VmSpec,
+    pub qemu: &'a Qemu,
+    pub accelerator: Accelerator,
+    pub jail: &'a JailConfig,
+    pub files: &'a GuestFiles,
+    pub job: Job,
+    /// vhost-user sockets.
+    pub vsock: Option<OwnedFd>,
+    pub share: Option<OwnedFd>,
+}
+
+/// What it is started for.
+pub(crate) enum Job {
+    /// Boots.
+    Boot,
+    /// Boots, and its state will be written here.
+    Save(File),
+    /// Goes on from this state.
+    Restore(File),
+}
+
+/// A QEMU that was started, and this process's end of its monitor. Dropping it kills QEMU.
+pub(crate) struct Launched {
     pub qemu: QemuProcess,
     pub pid: u32,
     pub qmp: UnixStream,
-    pub vsock: VsockHost,
-    /// Takes the agent's one connect; in place before the guest can make it.
-    pub ready: Listener,
-    /// QEMU reads them until the guest has booted.
-    pub guest_files: GuestFiles,
 }
 
-/// Starts QEMU in its jail. When this returns, QEMU may have failed already; its exit status tells.
-pub(super) async fn launch(start: &mut VmStart) -> Result<Launched, VmError> {
-    let jail = binaries::find(JAIL)?;
-    let tsc = Reading::take();
-    let guest_files = copy_guest_files(&start.assets).await?;
+impl Launch<'_> {
+    /// Starts QEMU in its jail. When this returns, QEMU may have failed already; its exit status tells.
+    pub(crate) async fn start(mut self) -> Result<Launched, VmError> {
+        let jail = binaries::find(JAIL)?;
+        let mut passed = PassedFds::default();
+        let (qmp, qmp_number) = passed.connected()?;
+        let (console, console_number) = passed.connected()?;
+        let fds = QemuFds {
+            qmp: qmp_number,
+            console: console_number,
+            vsock: self.vsock.take().map(|vsock| passed.add(vsock)),
+            share: self.share.take().map(|share| passed.add(share)),
+        };
+        let engine = self.engine(&mut passed).await?;
+        let purpose = match std::mem::replace(&mut self.job, Job::Boot) {
+            Job::Boot => Purpose::Boot,
+            Job::Save(state) => Purpose::Template { state: passed.add(state) },
+            Job::Restore(state) => Purpose::Restore { state: passed.add(state) },
+        };
+        let arguments = arguments(self.spec, engine, purpose, fds);
+        let (qemu, pid) = self.spawn(&jail, arguments, passed, console).await?;
+        Ok(Launched { qemu, pid, qmp })
+    }
 
-    let mut passed = PassedFds::default();
-    let (qmp, qmp_number) = passed.connected()?;
-    let (console, console_number) = passed.connected()?;
-    let (vsock, qemu_vsock) = serve_vsock(&start.run_dir)?;
-    let ready = vsock.listen(ports::READY).map_err(io::Error::other).map_err(host("listen for the guest"))?;
-    let fds = QemuFds {
-        qmp: qmp_number,
-        console: console_number,
-        vsock: passed.add(qemu_vsock),
-        share: start.share.take().map(|share| passed.add(share)),
-    };
-    let engine = match start.accelerator {
-        Accelerator::Kvm => Engine::Kvm { device: passed.add(open_kvm()?) },
-        Accelerator::Tcg => Engine::Tcg { tsc_khz: tsc.khz_until_now().await },
-    };
-    let arguments = arguments(&start.spec, engine, fds);
-    let (qemu, pid) = spawn_jailed(&jail, start, arguments, passed, &guest_files, console).await?;
-    Ok(Launched { qemu, pid, qmp, vsock, ready, guest_files })
+    async fn engine(&self, passed: &mut PassedFds) -> Result<Engine, VmError> {
+        Ok(match (self.accelerator, &self.job) {
+            (Accelerator::Kvm, _) => Engine::Kvm { device: passed.add(open_kvm()?) },
+            // The guest knows it already.
+            (Accelerator::Tcg, Job::Restore(_)) => Engine::Tcg { tsc_khz: 0 },
+            (Accelerator::Tcg, _) => Engine::Tcg { tsc_khz: Reading::take().khz_until_now().await },
+        })
+    }
+
+    async fn spawn(
+        &self,
+        jail: &Path,
+        arguments: Vec<String>,
+        passed: PassedFds,
+        console: UnixStream,
+    ) -> Result<(QemuProcess, u32), VmError> {
+        let PassedFds(mut fds) = passed;
+        let guest = self.files.mount().try_clone_to_owned().map_err(host("pass the guest's files on"))?;
+        let spec = JailSpec {
+            parent: process::id(),
+            first_uid: self.jail.first_uid,
+            program: self.qemu.path().to_owned(),
+            prefix: prefix_outside_usr(self.qemu.path()),
+            args: arguments,
+            guest: guest.as_raw_fd(),
+            guest_files: self.files.names(),
+            fds: fds.iter().map(|fd| fd.as_raw_fd()).collect(),
+            limits: Limits::for_vm(self.spec),
+        };
+        fds.push(guest);
+        let spec =
+            serde_json::to_string(&spec).map_err(io::Error::from).map_err(host("describe QEMU's jail"))?;
+        let mut command = Command::new(jail);
+        command.arg(spec).env_clear();
+        let mut child = spawn(command, fds).await.map_err(host("start vmctr-jail"))?;
+        let (Some(pid), Some(stderr)) = (child.id(), child.stderr.take()) else {
+            return Err(host("watch vmctr-jail")(io::Error::other("it has no process ID or no stderr")));
+        };
+        let console = Console::forward(console, Speaker::Guest);
+        let stderr = Console::forward(stderr, Speaker::Qemu);
+        Ok((QemuProcess { child, console, stderr }, pid))
+    }
 }
 
 /// Descriptors that QEMU inherits. Their order is the order of their numbers in QEMU.
@@ -87,50 +150,37 @@ impl PassedFds {
     }
 }
 
-async fn spawn_jailed(
-    jail: &Path,
-    start: &VmStart,
-    arguments: Vec<String>,
-    passed: PassedFds,
-    guest_files: &GuestFiles,
-    console: UnixStream,
-) -> Result<(QemuProcess, u32), VmError> {
-    let PassedFds(mut fds) = passed;
-    let guest = guest_files.mount().try_clone_to_owned().map_err(host("pass the guest's files on"))?;
-    let spec = JailSpec {
-        parent: process::id(),
-        first_uid: start.jail.first_uid,
-        program: start.qemu.path().to_owned(),
-        prefix: prefix_outside_usr(start.qemu.path()),
-        args: arguments,
-        guest: guest.as_raw_fd(),
-        fds: fds.iter().map(|fd| fd.as_raw_fd()).collect(),
-        limits: Limits::for_vm(&start.spec),
-    };
-    fds.push(guest);
-    let spec = serde_json::to_string(&spec).map_err(io::Error::from).map_err(host("describe QEMU's jail"))?;
-    let mut command = Command::new(jail);
-    command.arg(spec).env_clear();
-    let mut child = spawn(command, fds).await.map_err(host("start vmctr-jail"))?;
-    let (Some(pid), Some(stderr)) = (child.id(), child.stderr.take()) else {
-        return Err(host("watch vmctr-jail")(io::Error::other("it has no process ID or no stderr")));
-    };
-    let console = Console::forward(console, Speaker::Guest);
-    let stderr = Console::forward(stderr, Speaker::Qemu);
-    Ok((QemuProcess { child, console, stderr }, pid))
-}
-
-async fn copy_guest_files(assets: &GuestAssets) -> Result<GuestFiles, VmError> {
-    let (kernel, initramfs) = (assets.kernel(), assets.initramfs());
-    let copied = tokio::task::spawn_blocking(move || GuestFiles::copy([&kernel, &initramfs])).await;
-    copied
+/// Files for a VM that boots; with its RAM, if that is to be saved.
+pub(crate) async fn boot_files(
+    assets: &GuestAssets,
+    spec: &VmSpec,
+    with_ram: bool,
+) -> Result<(GuestFiles, Option<File>), VmError> {
+    let (kernel, initramfs, memory) = (assets.kernel(), assets.initramfs(), spec.memory());
+    let made = tokio::task::spawn_blocking(move || {
+        let mut files = GuestFiles::with_room_for(memory)?;
+        files.copy_boot_files(&kernel, &initramfs)?;
+        let ram = if with_ram { Some(files.add_ram(memory)?) } else { None };
+        Ok((files, ram))
+    });
+    made.await
         .map_err(io::Error::other)
         .flatten()
         .map_err(host("copy the guest's kernel and initramfs to a tmpfs, which needs root"))
 }
 
+/// Files for a VM that is restored: its RAM, still empty.
+pub(super) fn restore_files(spec: &VmSpec) -> Result<(GuestFiles, File), VmError> {
+    let make = || {
+        let mut files = GuestFiles::with_room_for(spec.memory())?;
+        let ram = files.add_ram(spec.memory())?;
+        Ok((files, ram))
+    };
+    make().map_err(host("make a tmpfs for the guest's memory, which needs root"))
+}
+
 /// The vsock device listens on a socket file only until QEMU's end is connected.
-fn serve_vsock(run_dir: &RunDir) -> Result<(VsockHost, OwnedFd), VmError> {
+pub(super) fn serve_vsock(run_dir: &RunDir) -> Result<(VsockHost, OwnedFd), VmError> {
     let path = run_dir.path().join("vhost-vsock.sock");
     let connected = UnixListener::bind(&path).and_then(|listener| {
         let client = std::os::unix::net::UnixStream::connect(&path);
@@ -149,6 +199,6 @@ fn open_kvm() -> Result<OwnedFd, VmError> {
     kvm.map(OwnedFd::from).map_err(host("open /dev/kvm"))
 }
 
-fn host(action: &'static str) -> impl FnOnce(io::Error) -> VmError {
+pub(super) fn host(action: &'static str) -> impl FnOnce(io::Error) -> VmError {
     move |source| VmError::Host { action, source }
 }

@@ -1,8 +1,8 @@
 //! A running VM: QEMU in its jail, the vsock device in this process, the agent in the guest.
 //!
 //! ```text
-//!                 QEMU answers       agent connects      agent answers
-//!                 on QMP             to READY            Hello             pause()
+//!                                    agent connects      agent answers
+//!                                    to READY            Hello             pause()
 //!   Spec ──> Starting ─────────────────> Ready ─────────────> Running <───────────> Paused
 //!                │                          │                    │       resume()     │
 //!                └──────────────┬───────────┴────────────────────┴────────────────────┘
@@ -15,6 +15,7 @@
 //! running.
 
 mod agent;
+mod attempt;
 mod boot;
 mod driver;
 mod error;
@@ -32,7 +33,9 @@ use tracing::Instrument as _;
 use vmctr_proto::agent::HelloReply;
 use vmctr_proto::agent::agent_client::AgentClient;
 
+pub(crate) use attempt::Attempt;
 pub use error::{Phase, VmError};
+pub(crate) use launch::{Job, Launch, boot_files};
 pub use state::{InvalidMove, VmState};
 
 use crate::accel::Accelerator;
@@ -41,19 +44,29 @@ use crate::config::JailConfig;
 use crate::qemu::Qemu;
 use crate::run_dir::RunDir;
 use crate::spec::VmSpec;
+use crate::template::Template;
 use crate::vsock::VsockHost;
 use driver::{Driver, Request};
 
 /// The agent's client. Clones share one connection; replies and waits are bounded.
 pub type Agent = AgentClient<Channel>;
 
+/// Where the guest comes from.
+#[derive(Clone, Debug)]
+pub enum Origin {
+    /// It boots this kernel and initramfs.
+    Boot(Box<GuestAssets>),
+    /// It goes on where this template was saved, which must be for the very same machine.
+    Template(Arc<Template>),
+}
+
 /// What [`Vm::start`] needs.
 #[derive(Debug)]
 pub struct VmStart {
     /// The machine.
     pub spec: VmSpec,
-    /// Its kernel and initramfs.
-    pub assets: GuestAssets,
+    /// Where its guest comes from.
+    pub origin: Origin,
     /// The program that runs it.
     pub qemu: Qemu,
     /// See [`crate::accel::resolve`].
@@ -65,6 +78,8 @@ pub struct VmStart {
     /// Connected vhost-user socket of the share daemon; the guest sees a virtiofs device with the tag
     /// [`vmctr_proto::guest_paths::SHARE_TAG`].
     pub share: Option<OwnedFd>,
+    /// A restored VM goes on without the share, until [`Vm::plug_share`].
+    pub share_later: bool,
     /// From QEMU's start until the agent answered.
     pub boot_timeout: Duration,
 }
@@ -179,12 +194,20 @@ impl Vm {
         self.request(Request::Pause).await
     }
 
-    /// Lets the guest's CPUs run again.
+    /// Lets the guest's CPUs run again and tells the guest how late it is.
     ///
     /// # Errors
     /// Not paused, or QEMU does not obey.
     pub async fn resume(&self) -> Result<(), VmError> {
         self.request(Request::Resume).await
+    }
+
+    /// Gives a VM whose share was to come later that share. Its daemon must be serving, or about to.
+    ///
+    /// # Errors
+    /// QEMU does not obey.
+    pub async fn plug_share(&self) -> Result<(), VmError> {
+        self.request(Request::PlugShare).await
     }
 
     /// Ends the VM at once, as a power cut would; returns when QEMU is reaped and its files are removed.

@@ -15,7 +15,7 @@ use crate::qmp::Qmp;
 
 /// A child of this process. Dropping it kills QEMU; it is then reaped in the background.
 #[derive(Debug)]
-pub(super) struct QemuProcess {
+pub(crate) struct QemuProcess {
     pub child: Child,
     /// The guest's serial console.
     pub console: Console,
@@ -25,7 +25,7 @@ pub(super) struct QemuProcess {
 
 impl QemuProcess {
     /// Waits for the end, then says how it came. Cancel safe until QEMU has exited.
-    pub(super) async fn end(&mut self, state: VmState, qmp: Option<&mut Qmp>) -> VmError {
+    pub(crate) async fn end(&mut self, state: VmState, qmp: Option<&mut Qmp>) -> VmError {
         let status = self.child.wait().await;
         self.console.drain().await;
         self.stderr.drain().await;
@@ -46,7 +46,7 @@ impl QemuProcess {
     }
 
     /// As [`Self::end`], for a QEMU whose connection just broke; `None` when it lives on.
-    pub(super) async fn end_soon(&mut self, state: VmState, qmp: Option<&mut Qmp>) -> Option<VmError> {
+    pub(crate) async fn end_soon(&mut self, state: VmState, qmp: Option<&mut Qmp>) -> Option<VmError> {
         const LIMIT: Duration = Duration::from_secs(1);
         match timeout(LIMIT, self.child.wait()).await {
             Ok(_) => Some(self.end(state, qmp).await),
@@ -55,7 +55,7 @@ impl QemuProcess {
     }
 
     /// SIGKILL, then reaps it.
-    pub(super) async fn kill(&mut self) -> Result<(), VmError> {
+    pub(crate) async fn kill(&mut self) -> Result<(), VmError> {
         /// The kernel frees the guest's memory in this time.
         const LIMIT: Duration = Duration::from_secs(10);
         let error = |source| VmError::Host { action: "kill QEMU", source };

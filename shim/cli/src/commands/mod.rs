@@ -3,14 +3,16 @@
 mod doctor;
 mod guest;
 mod inspect;
+mod pool;
 mod ps;
+mod template;
 mod version;
 
 use std::path::PathBuf;
 
 use vmctr_vmm::config::Config;
 
-use crate::cli::{Cli, Verb};
+use crate::cli::{Cli, PoolVerb, Verb};
 use crate::containerd::socket_path;
 use crate::failure::Outcome;
 
@@ -35,6 +37,9 @@ pub async fn run(cli: Cli) -> Outcome {
         Verb::Inspect { id } => inspect::run(&context, &id).await,
         Verb::Version => version::run(&context).await,
         Verb::Guest(verb) => guest::run(&context, verb),
+        Verb::Pool(PoolVerb::Run) => pool::run(&config()?),
+        Verb::Pool(PoolVerb::Ls) => pool::list(&context, &config()?),
+        Verb::Template(verb) => template::run(&context, verb).await,
     }
 }
 

@@ -47,6 +47,6 @@ mod tests {
     fn the_runtime_names_itself() {
         let info = RuntimeInfo::parse_from_bytes(&info().write_to_bytes().unwrap()).unwrap();
         assert_eq!((info.name.as_str(), info.version.version.as_str()), (RUNTIME, VERSION));
-        assert_eq!(info.annotations[PROTOCOL_ANNOTATION], "1-1");
+        assert_eq!(info.annotations[PROTOCOL_ANNOTATION], "2-2");
     }
 }

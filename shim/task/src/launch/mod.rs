@@ -5,10 +5,13 @@
 //!              <─ ttrpc ──> server (no action): the shim proper
 //!              ── delete ─> delete: removes what a killed server left, prints how the container ended
 //!              ── -info ──> info: what this runtime is
+//!   vmctr pool run ── warm ─> member: waits with a VM until `start` wants a server, and then is that
 //! ```
 
 pub mod delete;
 pub mod info;
+pub mod member;
+mod pool;
 pub mod server;
 pub mod start;
 

@@ -23,10 +23,10 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 use vmctr_vmm::config::Config;
 
-use super::{TTRPC_ADDRESS, remove_socket, socket_path};
+use super::{remove_socket, socket_path};
 use crate::events;
 use crate::log;
-use crate::sandbox::{self, Handle, Identity};
+use crate::sandbox::{self, Handle, Identity, Warm};
 use crate::service::Service;
 use crate::sys;
 
@@ -39,8 +39,8 @@ const REPLY_GRACE: Duration = Duration::from_millis(100);
 /// For containerd to take the last events.
 const EVENTS_LIMIT: Duration = Duration::from_secs(5);
 
-/// Serves until it is over. The working directory is the bundle.
-pub async fn run(flags: &Flags) -> Result<()> {
+/// Serves until it is over. The working directory is the bundle; `address` is containerd's for events.
+pub async fn run(flags: &Flags, address: &str, warm: Option<Warm>) -> Result<()> {
     let mut config = Config::load()?;
     if flags.debug {
         config.log.level = vmctr_vmm::config::LogLevel::Debug;
@@ -48,14 +48,14 @@ pub async fn run(flags: &Flags) -> Result<()> {
     log::start(config.log.level.as_str(), &flags.id, &flags.namespace).context("open the log")?;
     let path = socket_path(&flags.socket);
     let listener = listen(path).with_context(|| format!("listen on {}", path.display()))?;
-    let address = std::env::var(TTRPC_ADDRESS).context(TTRPC_ADDRESS)?;
-    let (publisher, sender) = events::spawn(&address, &flags.namespace);
-    let (handle, driver) = sandbox::spawn(Identity {
+    let (publisher, sender) = events::spawn(address, &flags.namespace);
+    let identity = Identity {
         namespace: flags.namespace.clone(),
         container_id: flags.id.clone(),
         config: Arc::new(config),
         publisher,
-    });
+    };
+    let (handle, driver) = sandbox::spawn(identity, warm);
     let mut server = serve(listener, Service::new(flags.id.clone(), handle.clone())).await?;
     sys::close_stdout_and_stderr().context("detach from containerd")?;
     info!(pid = std::process::id(), "Shim started");

@@ -6,6 +6,8 @@
 use std::env;
 use std::fs;
 use std::io::{IsTerminal, Read, Write, stdin, stdout};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -15,9 +17,11 @@ use containerd_shim::bootstrap::{BootstrapParams, BootstrapResult};
 use containerd_shim::protos::TASK_API_VERSION;
 use containerd_shim::protos::protobuf::Message;
 use containerd_shim::{Flags, StartOpts};
+use tracing::warn;
 use vmctr_vmm::config::Config;
 
-use super::{TTRPC_ADDRESS, address_file};
+use super::{TTRPC_ADDRESS, address_file, pool, socket_path};
+use crate::log;
 
 /// Far above any message of containerd's.
 const MAX_INPUT: u64 = 10 << 20;
@@ -32,10 +36,12 @@ struct Asked {
 /// Does it all; the working directory is the bundle.
 pub fn run(flags: &Flags) -> Result<()> {
     // The user learns of a bad configuration here; the server's words come later and elsewhere.
-    Config::load()?;
+    let config = Config::load()?;
     let asked = asked(flags, &read_stdin()?)?;
     let address = asked.opts.socket_address(&asked.opts.id);
-    spawn_server(&asked.opts, &address)?;
+    if !take_waiting(&config, &asked.opts, &address) {
+        spawn_server(&asked.opts, &address)?;
+    }
     fs::write(address_file(Path::new(".")), &address).context("write the address file")?;
     let answer = if asked.bootstrap { bootstrap_result(&address)? } else { address.into_bytes() };
     stdout().write_all(&answer).context("write the address")
@@ -83,6 +89,33 @@ fn bootstrap_result(address: &str) -> Result<Vec<u8>> {
         ..BootstrapResult::default()
     };
     result.write_to_bytes().context("encode the address")
+}
+
+/// Whether a server that waited in the pool serves now. What is wrong with it or the pool is told to containerd's
+/// log and does no harm.
+fn take_waiting(config: &Config, opts: &StartOpts, address: &str) -> bool {
+    let taken = || -> Result<bool> {
+        if !pool::wanted(config, Path::new(".")) {
+            return Ok(false);
+        }
+        let (mut words, pipe) = std::io::pipe().context("make a pipe")?;
+        if !pool::take(config, pool::order(config, opts, address), pipe.as_fd())? {
+            return Ok(false);
+        }
+        drop(pipe);
+        let mut text = String::new();
+        words.read_to_string(&mut text).context("wait for the waiting server")?;
+        ensure!(text.is_empty(), "{}", text.trim());
+        // One that died in between has said nothing, either.
+        UnixStream::connect(socket_path(address)).context("the waiting server is gone")?;
+        Ok(true)
+    };
+    taken().unwrap_or_else(|error| {
+        // containerd takes standard error for a part of the address.
+        let _ = log::start(config.log.level.as_str(), &opts.id, &opts.namespace);
+        warn!("No VM from the pool: {error:#}");
+        false
+    })
 }
 
 /// The server says nothing when it serves and why when it does not; then it closes the pipe.

@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use vmctr_proto::agent::{CreateContainerRequest, Root};
 use vmctr_vmm::run_dir::Owner;
-use vmctr_vmm::spec::{Host, VmSpec};
+use vmctr_vmm::spec::{Host, StartMode, VmSpec};
 
 use super::container::{CREATE_LIMIT, Container};
 use super::driver::Identity;
@@ -24,6 +24,7 @@ use super::guest_events::GuestEvent;
 use super::session::{Session, SessionPlan};
 use super::share::{guest_root, share_spec};
 use super::task::Task;
+use super::warm::Warm;
 use crate::annotations::{UpperChoice, upper_choice};
 use crate::error::{Result, TaskError};
 use crate::hooks::{self, Moment, State};
@@ -55,6 +56,7 @@ struct Plan {
 pub async fn create(
     identity: &Identity,
     request: CreateRequest,
+    warm: Option<Warm>,
 ) -> Result<(Container, mpsc::Receiver<GuestEvent>)> {
     let CreateRequest { bundle, rootfs, names } = request;
     let (owner, ids) = (identity.owner(bundle), identity.clone());
@@ -69,7 +71,7 @@ pub async fn create(
     let (plan, endpoints) =
         prepared.await.map_err(|error| TaskError::internal("Cannot prepare", &error))??;
     let Plan { session, spec, root, hooks, state } = plan;
-    let (session, events) = Session::start(&identity.config, session)
+    let (session, events) = Session::start(&identity.config, session, warm)
         .await
         .map_err(|error| TaskError::internal("Cannot create the container's VM", &error))?;
     let mut container = Container::new(identity, session, hooks, state);
@@ -92,6 +94,8 @@ fn plan(identity: &Identity, owner: Owner, rootfs: &[Mount]) -> Result<Plan> {
     let guest = spec.for_guest(&owner.container_id).map_err(|error| invalid(&error))?;
     let vm = VmSpec::resolve(&identity.config.vm, &spec.limits(), &annotations, &Host::detect())
         .map_err(|error| invalid(&error))?;
+    let start =
+        StartMode::resolve(identity.config.vm.start, &annotations).map_err(|error| invalid(&error))?;
     let state = State {
         oci_version: spec.version().to_owned(),
         id: owner.container_id.clone(),
@@ -103,7 +107,7 @@ fn plan(identity: &Identity, owner: Owner, rootfs: &[Mount]) -> Result<Plan> {
     let share = share_spec(&root, &guest.volumes);
     let work_dir = own_work_dir(&upper, &root);
     Ok(Plan {
-        session: SessionPlan { owner, vm, share, work_dir },
+        session: SessionPlan { owner, vm, start, share, work_dir },
         spec: guest.json,
         root: guest_root(&root),
         hooks: spec.hooks(),

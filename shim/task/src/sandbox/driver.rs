@@ -23,6 +23,7 @@ use super::create::{CreateRequest, create};
 use super::guest_events::GuestEvent;
 use super::inspect::{self, inspect};
 use super::request::{ContainerRequest, Deleted, Handle, QUEUE, Request, no_container};
+use super::warm::Warm;
 use crate::control;
 use crate::error::{Result, TaskError};
 use crate::events::Publisher;
@@ -51,10 +52,11 @@ impl Identity {
 }
 
 /// Starts the driver. It ends after a shutdown request, or when it is told to terminate.
-pub fn spawn(identity: Identity) -> (Handle, JoinHandle<()>) {
+/// Its container's VM may be one that waits already.
+pub fn spawn(identity: Identity, warm: Option<Warm>) -> (Handle, JoinHandle<()>) {
     let (handle, requests) = Handle::new();
     let driver =
-        Driver { identity, handle: handle.clone(), requests, postponed: VecDeque::new(), live: None };
+        Driver { identity, handle: handle.clone(), requests, postponed: VecDeque::new(), warm, live: None };
     (handle, tokio::spawn(driver.run().in_current_span()))
 }
 
@@ -65,6 +67,7 @@ struct Driver {
     requests: mpsc::Receiver<Request>,
     /// Came while there was no container yet or no more, and can wait.
     postponed: VecDeque<Request>,
+    warm: Option<Warm>,
     live: Option<Live>,
 }
 
@@ -103,6 +106,9 @@ impl Driver {
                     }
                 }
             }
+        }
+        if let Some(warm) = self.warm.take() {
+            warm.discard().await;
         }
         if let Some(live) = self.live.take() {
             info!("Told to end: ending the container");
@@ -158,8 +164,8 @@ impl Driver {
             )));
         }
         let told = task_create(&self.identity, &request);
-        let identity = self.identity.clone();
-        let created = self.without_container(create(&identity, request)).await;
+        let (identity, warm) = (self.identity.clone(), self.warm.take());
+        let created = self.without_container(create(&identity, request, warm)).await;
         let (container, events) = created.inspect_err(|error| {
             error!("Cannot create the container: {error}");
         })?;
@@ -314,7 +320,7 @@ mod tests {
         };
         let (handle, requests) = Handle::new();
         let postponed = VecDeque::new();
-        (handle.clone(), Driver { identity, handle, requests, postponed, live: None })
+        (handle.clone(), Driver { identity, handle, requests, postponed, warm: None, live: None })
     }
 
     #[tokio::test]

@@ -1,7 +1,7 @@
 //! One VM in use by one container: the share daemon, QEMU, the agent, and the files that belong to them.
 //!
 //! ```text
-//!   start   run directory -> work folder -> share daemon -> VM -> MountShare -> event stream
+//!   start   run directory -> work folder -> share daemon and VM -> MountShare -> event stream
 //!   stop    the same backwards; a start that fails half-way does so too
 //! ```
 //!
@@ -10,15 +10,15 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, spawn_blocking};
 use tokio::time::timeout;
-use tracing::{Instrument, info};
-use vmctr_fileshare::share::{Exit, ShareSpec};
+use tracing::{Instrument, error, info, warn};
+use vmctr_fileshare::share::{Connection, Exit, ShareSpec};
 use vmctr_proto::agent::{MountShareRequest, Stdio};
 use vmctr_proto::{guest_paths::SHARE_TAG, ports};
 use vmctr_vmm::accel::{self, AccelError};
@@ -26,18 +26,23 @@ use vmctr_vmm::assets::{AssetError, GuestAssets};
 use vmctr_vmm::config::Config;
 use vmctr_vmm::qemu::{Qemu, QemuError};
 use vmctr_vmm::run_dir::{Owner, Role, RunDir, RunDirError};
-use vmctr_vmm::spec::VmSpec;
-use vmctr_vmm::vm::{Vm, VmError, VmStart, VmState};
-use vmctr_vmm::vsock::VsockHost;
+use vmctr_vmm::spec::{StartMode, VmSpec};
+use vmctr_vmm::vm::{Origin, Vm, VmError, VmStart, VmState};
+use vmctr_vmm::vsock::{UnixServer, VsockHost};
 
 use super::agent::{AgentLink, CallError, EndSignal};
 use super::guest_events::{self, GuestEvent};
+use super::origin::{Machine, Origins};
 use super::share_daemon::{ShareDaemon, ShareError};
 use super::steps::{Step, Steps};
+use super::warm::Warm;
 use super::work_dir::{WorkDir, WorkDirError};
 use crate::stdio::Streams;
 
 const MOUNT_LIMIT: Duration = Duration::from_secs(30);
+/// A restored VM that takes longer is given up for one that boots.
+const RESTORE_LIMIT: Duration = Duration::from_secs(20);
+
 const DIAL_LIMIT: Duration = Duration::from_secs(10);
 
 /// Between the end of the share daemon and that of the VM that caused it.
@@ -52,6 +57,8 @@ pub struct SessionPlan {
     pub vm: VmSpec,
     /// What it shares.
     pub share: ShareSpec,
+    /// How the machine starts.
+    pub start: StartMode,
     /// Work folder to make for the share's upper, when nobody else has.
     pub work_dir: Option<PathBuf>,
 }
@@ -104,6 +111,8 @@ pub struct Session {
     steps: Steps,
     last_stream: u64,
     watch: AbortHandle,
+    /// Removes its socket file when dropped.
+    _vsock_socket: Option<UnixServer>,
 }
 
 impl Session {
@@ -111,44 +120,45 @@ impl Session {
     pub async fn start(
         config: &Config,
         plan: SessionPlan,
+        warm: Option<Warm>,
     ) -> Result<(Self, mpsc::Receiver<GuestEvent>), SessionError> {
         let container_id = plan.owner.container_id.clone();
         let run_dir = RunDir::create(&config.run_dir, plan.owner.clone())?;
         let guard = RemoveOnDrop(Some(run_dir.clone()));
-        let session = Self::start_in(config, plan, run_dir).await?;
+        let session = Self::start_in(config, plan, run_dir, warm).await?;
         guard.disarm();
         let events = guest_events::spawn(session.vm.agent(), container_id, session.end.clone());
         Ok((session, events))
     }
 
-    async fn start_in(config: &Config, plan: SessionPlan, run_dir: RunDir) -> Result<Self, SessionError> {
+    async fn start_in(
+        config: &Config,
+        plan: SessionPlan,
+        run_dir: RunDir,
+        warm: Option<Warm>,
+    ) -> Result<Self, SessionError> {
         let mut steps = Steps::begin();
         let work_dir = plan.work_dir.as_deref().map(WorkDir::create).transpose()?;
         let (assets, qemu) = find(config).await?;
         let resolution = accel::resolve(config, &assets, &qemu).await?;
         info!(accelerator = %resolution.accelerator, reason = resolution.reason, "Accelerator chosen");
+        let guest_kernel = assets.manifest().kernel_release.clone();
+        let machine = Machine { spec: plan.vm, assets, qemu, accelerator: resolution.accelerator };
+        let origin = Origins::find(config, plan.start, machine.clone()).await;
         steps.end("prepare");
 
-        let level = config.log.level.as_str();
-        let (share, socket) = ShareDaemon::start(plan.share.clone(), run_dir.path(), level).await?;
-        run_dir.record(Role::Fsd, share.pid())?;
-        steps.end("share");
-
-        let guest_kernel = assets.manifest().kernel_release.clone();
-        let start = VmStart {
-            spec: plan.vm,
-            assets,
-            qemu: qemu.clone(),
-            accelerator: resolution.accelerator,
-            run_dir: run_dir.clone(),
-            jail: config.jail.clone(),
-            share: socket,
-            boot_timeout: config.vm.boot_timeout_seconds.duration(),
+        let parts = Parts { config, machine: &machine, share: &plan.share, run_dir: &run_dir };
+        let (vm, share, vsock_socket) = match fitting(warm, plan.start, &origin).await {
+            Some(warm) => match parts.take(warm, &mut steps).await {
+                Ok(taken) => taken,
+                Err(error) => {
+                    warn!("The pool's VM cannot be used: {}", crate::error::chain(&error));
+                    parts.restore_or_boot(&origin, &mut steps).await?
+                }
+            },
+            None => parts.restore_or_boot(&origin, &mut steps).await?,
         };
-        let vm = start_vm(start, &share).await?;
-        steps.add(
-            vm.phases().iter().map(|phase| Step { name: phase.phase.as_str(), duration: phase.duration }),
-        );
+        let qemu = machine.qemu;
 
         let end = EndSignal::new();
         let link = AgentLink::new(vm.agent(), end.clone());
@@ -166,6 +176,7 @@ impl Session {
             steps,
             last_stream: 0,
             watch,
+            _vsock_socket: vsock_socket,
         };
         if let Err(error) = session.mount_share().await {
             session.stop(&mut Steps::begin()).await;
@@ -259,14 +270,14 @@ impl Session {
         self.watch.abort();
         self.end.set("The container was deleted".to_owned());
         if let Err(error) = self.vm.stop().await {
-            tracing::error!("Cannot stop the VM: {}", crate::error::chain(&error));
+            error!("Cannot stop the VM: {}", crate::error::chain(&error));
         }
         steps.end("vm");
         let Self { share, run_dir, work_dir, .. } = self;
         let stopped = spawn_blocking(move || {
             let mut steps = Steps::begin();
             if let Err(error) = share.stop() {
-                tracing::error!("Cannot stop the share daemon: {error}");
+                error!("Cannot stop the share daemon: {error}");
             }
             steps.end("share");
             drop(work_dir);
@@ -277,16 +288,123 @@ impl Session {
         if let Ok((stopped, removed)) = stopped.await {
             steps.add(stopped.done().iter().copied());
             if let Err(error) = removed {
-                tracing::error!("{}", crate::error::chain(&error));
+                error!("{}", crate::error::chain(&error));
             }
         }
     }
 }
 
-/// Starts the VM while the share daemon lives. QEMU's end also ends the daemon, which is the faster one to be
+/// What the two processes of a session are made of.
+struct Parts<'a> {
+    config: &'a Config,
+    machine: &'a Machine,
+    share: &'a ShareSpec,
+    run_dir: &'a RunDir,
+}
+
+/// A VM in use, its share daemon, and the socket of its vsock where the VM itself does not keep that.
+type Started = (Vm, ShareDaemon, Option<UnixServer>);
+
+impl Parts<'_> {
+    /// From the template if there is one that works.
+    async fn restore_or_boot(&self, origin: &Origins, steps: &mut Steps) -> Result<Started, SessionError> {
+        let (vm, share) = match self.start(origin.first(), steps).await {
+            Err(SessionError::Vm(error)) if origin.is_template() => {
+                origin.discard(&error).await;
+                self.start(origin.boot(), steps).await?
+            }
+            started => started?,
+        };
+        origin.make_template_later();
+        Ok((vm, share, None))
+    }
+
+    /// The share daemon and QEMU start side by side; QEMU waits for the daemon where it needs it.
+    async fn start(&self, origin: Origin, steps: &mut Steps) -> Result<(Vm, ShareDaemon), SessionError> {
+        let mut connection = Connection::new(self.run_dir.path()).map_err(ShareError::from)?;
+        let limit = self.config.vm.boot_timeout_seconds.duration();
+        let boot_timeout = match origin {
+            Origin::Boot(_) => limit,
+            Origin::Template(_) => limit.min(RESTORE_LIMIT),
+        };
+        let start = VmStart {
+            spec: self.machine.spec,
+            origin,
+            qemu: self.machine.qemu.clone(),
+            accelerator: self.machine.accelerator,
+            run_dir: self.run_dir.clone(),
+            jail: self.config.jail.clone(),
+            share: connection.socket.take(),
+            share_later: false,
+            boot_timeout,
+        };
+        let mut starting = pin!(Vm::start(start));
+        let mut serving = pin!(self.serve(connection));
+        let (vm, share) = tokio::select! {
+            share = &mut serving => {
+                let share = share?;
+                (while_shared(starting.as_mut(), &share).await?, share)
+            }
+            vm = &mut starting => (vm?, serving.await?),
+        };
+        let phases = vm.phases().iter();
+        steps.add(phases.map(|phase| Step { name: phase.phase.as_str(), duration: phase.duration }));
+        Ok((vm, share))
+    }
+
+    /// A VM of the pool becomes this container's.
+    async fn take(&self, warm: Warm, steps: &mut Steps) -> Result<Started, SessionError> {
+        let (vm, connection, remains) = warm.split();
+        let taken = async {
+            self.run_dir.record(Role::Qemu, vm.qemu_pid())?;
+            let (share, resumed) = tokio::join!(self.serve(connection), vm.resume());
+            let share = share?;
+            resumed?;
+            steps.end("take");
+            vm.plug_share().await?;
+            let socket = vm.vsock().serve_unix(&self.run_dir.vsock_socket());
+            let socket = socket.map_err(ShareError::Watch)?;
+            steps.end("plug");
+            Ok((share, socket))
+        };
+        let taken: Result<_, SessionError> = taken.await;
+        drop(remains);
+        match taken {
+            Ok((share, socket)) => Ok((vm, share, Some(socket))),
+            Err(error) => {
+                if let Err(error) = vm.stop().await {
+                    error!("Cannot stop the VM: {}", crate::error::chain(&error));
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn serve(&self, connection: Connection) -> Result<ShareDaemon, SessionError> {
+        let level = self.config.log.level.as_str();
+        let share = ShareDaemon::start(self.share.clone(), connection, level).await?;
+        self.run_dir.record(Role::Fsd, share.pid())?;
+        Ok(share)
+    }
+}
+
+/// The pool's VM, if it is what the container wants; else it ends.
+async fn fitting(warm: Option<Warm>, start: StartMode, origin: &Origins) -> Option<Warm> {
+    let warm = warm?;
+    if start == StartMode::Pool && origin.key() == Some(warm.key()) {
+        return Some(warm);
+    }
+    info!("The container wants another VM than the pool's");
+    warm.discard().await;
+    None
+}
+
+/// Waits for the VM while the share daemon lives. QEMU's end also ends the daemon, which is the faster one to be
 /// seen: the VM's own reason is then the true one.
-async fn start_vm(start: VmStart, share: &ShareDaemon) -> Result<Vm, SessionError> {
-    let mut starting = pin!(Vm::start(start));
+async fn while_shared(
+    mut starting: Pin<&mut impl Future<Output = Result<Vm, VmError>>>,
+    share: &ShareDaemon,
+) -> Result<Vm, SessionError> {
     let exit = tokio::select! {
         vm = &mut starting => return Ok(vm?),
         exit = share.ended() => exit,
@@ -326,7 +444,7 @@ fn share_ended(exit: Exit) -> String {
 
 async fn find(config: &Config) -> Result<(GuestAssets, Qemu), SessionError> {
     let config = config.clone();
-    let found = spawn_blocking(move || Ok((GuestAssets::find(&config)?, Qemu::find(&config)?)));
+    let found = spawn_blocking(move || Ok((GuestAssets::find(&config)?, Qemu::find_known(&config)?)));
     found.await.map_err(|error| SessionError::Blocking(error.into()))?
 }
 
@@ -350,7 +468,7 @@ impl Drop for RemoveOnDrop {
         if let Some(run_dir) = &self.0
             && let Err(error) = run_dir.remove()
         {
-            tracing::error!("{}", crate::error::chain(&error));
+            error!("{}", crate::error::chain(&error));
         }
     }
 }

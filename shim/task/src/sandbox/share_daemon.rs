@@ -3,7 +3,6 @@
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::process::ChildStderr;
 use std::sync::Arc;
 use std::thread;
@@ -12,7 +11,7 @@ use std::time::Instant;
 use tokio::io::unix::AsyncFd;
 use tokio::task::spawn_blocking;
 use tracing::{Span, debug, error, info, trace, warn};
-use vmctr_fileshare::share::{Exit, Fsd, ShareSpec, SpawnError, spawn};
+use vmctr_fileshare::share::{Connection, Exit, Fsd, ShareSpec, SpawnError, spawn_on};
 use vmctr_vmm::LogRate;
 use vmctr_vmm::binaries::{self, BinaryError};
 
@@ -48,17 +47,15 @@ struct Inner {
 }
 
 impl ShareDaemon {
-    /// Starts it for `spec`; its socket lives in `dir` for a moment. With it comes the connection that QEMU is to
-    /// use, if it is there.
+    /// Starts it for `spec` on a connection whose other end QEMU has or gets.
     pub async fn start(
         spec: ShareSpec,
-        dir: &Path,
+        connection: Connection,
         log_level: &'static str,
-    ) -> Result<(Self, Option<OwnedFd>), ShareError> {
-        let dir = dir.to_owned();
+    ) -> Result<Self, ShareError> {
         let started = spawn_blocking(move || {
             let binary = binaries::find(BINARY)?;
-            Ok::<_, ShareError>(spawn(&binary, &spec, &dir, log_filter(log_level))?)
+            Ok::<_, ShareError>(spawn_on(&binary, &spec, connection, log_filter(log_level))?)
         });
         let mut fsd = started.await.map_err(|error| ShareError::Watch(error.into()))??;
         let pidfd = fsd.pidfd().try_clone_to_owned().map_err(ShareError::Watch)?;
@@ -66,8 +63,7 @@ impl ShareDaemon {
         if let Some(stderr) = fsd.stderr.take() {
             forward_log(stderr).map_err(ShareError::Watch)?;
         }
-        let socket = fsd.socket.take();
-        Ok((Self(Arc::new(Inner { fsd, pidfd })), socket))
+        Ok(Self(Arc::new(Inner { fsd, pidfd })))
     }
 
     /// Its process ID.

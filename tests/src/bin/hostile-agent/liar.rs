@@ -104,6 +104,10 @@ impl Agent for Liar {
         }))
     }
 
+    async fn rehearse(&self, _: Request<Empty>) -> Reply<Empty> {
+        agree()
+    }
+
     async fn mount_share(&self, _: Request<MountShareRequest>) -> Reply<Empty> {
         agree()
     }

@@ -129,7 +129,9 @@ impl Container {
     /// Ends everything in the reverse order of its making and tells containerd.
     pub async fn delete(mut self) -> Result<Deleted> {
         let mut steps = Steps::begin();
-        self.close_guest(&mut steps).await;
+        // Nobody writes any more, and the VM ends as by a power cut: unmounting first would change nothing.
+        self.flush().await;
+        steps.end("flush");
         self.stop_session(&mut steps).await;
         info!(%steps, "Container deleted");
         hooks::run_all(&self.hooks, Moment::PostStop, &self.hook_state("stopped")).await;
@@ -144,8 +146,8 @@ impl Container {
         Ok(deleted)
     }
 
-    /// The root is unmounted and what was written last is on the host before the VM goes.
-    async fn close_guest(&self, steps: &mut Steps) {
+    /// Whoever still runs is ended before the VM goes, so that what it wrote is on the host.
+    async fn close_guest(&self) {
         let Some(session) = &self.session else { return };
         let process = self.process_ref("");
         let deleted = session
@@ -159,7 +161,12 @@ impl Container {
         if let Err(error) = deleted {
             warn!("{error}");
         }
-        steps.end("close");
+        self.flush().await;
+    }
+
+    /// What was written last is on the host before the VM goes.
+    async fn flush(&self) {
+        let Some(session) = &self.session else { return };
         let flushed = session
             .agent()
             .call("write its files back", FLUSH_LIMIT, |mut agent| async move { agent.flush(Empty {}).await })
@@ -167,7 +174,6 @@ impl Container {
         if let Err(error) = flushed {
             error!("Changes may be lost: {error}");
         }
-        steps.end("flush");
     }
 
     /// A create that failed: nothing of it stays, containerd has not heard of it.
@@ -181,7 +187,8 @@ impl Container {
     /// The shim is told to end: the VM goes; containerd reports the container's end itself when the shim is gone.
     pub async fn terminate(mut self) {
         let mut steps = Steps::begin();
-        self.close_guest(&mut steps).await;
+        self.close_guest().await;
+        steps.end("close");
         if let Some(session) = self.session.take() {
             session.stop(&mut steps).await;
         }

@@ -1,0 +1,109 @@
+//! `vmctr pool`: VMs that wait for containers.
+//!
+//! ```text
+//!   run   keeper     one thread per place: starts a member, waits for its end, starts the next
+//!         members    who is there: the table that keepers and clients share
+//!         serve      pool.sock: shims that want a VM, `vmctr pool ls`
+//!   ls    asks the running pool
+//! ```
+
+mod keeper;
+mod members;
+mod serve;
+
+use std::fs::File;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread;
+
+use anyhow::{Context as _, anyhow};
+use rustix::fs::{FlockOperation, flock};
+use vmctr_vmm::config::Config;
+use vmctr_vmm::pool::wire::{check_peer, receive, send};
+use vmctr_vmm::pool::{Answer, Ask, Member, size, socket};
+use vmctr_vmm::run_dir;
+
+use super::Context;
+use crate::failure::{Failure, Outcome, Verdict};
+use crate::output;
+use members::Members;
+
+/// Keeps the pool until a signal ends the process.
+pub fn run(config: &Config) -> Outcome {
+    let places = size(config);
+    if places == 0 {
+        let error = anyhow!(
+            "The configuration wants no waiting VMs: pool.size is 0, or pool.memory is less than vm.memory"
+        );
+        return Err(Failure::failed(error).hint("set pool.size, such as `[pool]` and `size = 2`"));
+    }
+    let _lock = only_one(config)?;
+    clear_up(config);
+    let members = Arc::new(Members::default());
+    let listener = serve::listen(&socket(config))?;
+    for place in 0..places {
+        let members = Arc::clone(&members);
+        thread::Builder::new().name(format!("place-{place}")).spawn(move || keeper::keep(&members))?;
+    }
+    serve::serve(&listener, &members, config)?;
+    Ok(Verdict::Good)
+}
+
+/// Prints who waits.
+pub fn list(context: &Context, config: &Config) -> Outcome {
+    let list = ask_list(config)?;
+    if context.json {
+        output::json(&list)?;
+    } else {
+        let row = |member: &Member| {
+            let qemu = member.qemu.map_or_else(|| "-".to_owned(), |pid| pid.to_string());
+            let state = if member.qemu.is_some() { "waits" } else { "starts" };
+            vec![member.pid.to_string(), qemu, output::duration(member.age_seconds), state.to_owned()]
+        };
+        output::print_line(&output::table(&["PID", "QEMU", "AGE", "STATE"], list.iter().map(row)))?;
+    }
+    Ok(Verdict::Good)
+}
+
+fn ask_list(config: &Config) -> Result<Vec<Member>, Failure> {
+    let path = socket(config);
+    let pool = match UnixStream::connect(&path) {
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            let error = anyhow!("No pool runs: nobody listens on {}", path.display());
+            return Err(Failure::not_found(error).hint("`vmctr pool run` keeps one"));
+        }
+        pool => pool.with_context(|| format!("Cannot connect to {}", path.display()))?,
+    };
+    check_peer(&pool)?;
+    send(&pool, &Ask::List, &[])?;
+    match receive(&pool)? {
+        Some((Answer::List(list), _)) => Ok(list),
+        other => Err(anyhow!("The pool answers {other:?}").into()),
+    }
+}
+
+/// The lock is free again however its holder ends.
+fn only_one(config: &Config) -> anyhow::Result<File> {
+    let path = config.run_dir.join("pool.lock");
+    std::fs::create_dir_all(&config.run_dir)
+        .with_context(|| format!("Cannot create {}", config.run_dir.display()))?;
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.with_context(|| format!("Cannot open {}", path.display()))?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive).context("Another pool runs")?;
+    Ok(file)
+}
+
+/// Members that were killed together with their pool left their run directories.
+fn clear_up(config: &Config) {
+    for entry in run_dir::list(&config.run_dir).unwrap_or_default() {
+        let owner = &entry.meta.owner;
+        let member = owner.namespace == "vmctr" && owner.container_id.starts_with("pool-");
+        if member
+            && entry.meta.live_shim().is_none()
+            && let Err(error) = run_dir::cleanup(&config.run_dir, &entry.key)
+        {
+            eprintln!("vmctr: {error}");
+        }
+    }
+}
