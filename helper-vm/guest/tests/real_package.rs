@@ -28,9 +28,8 @@ fn the_distributions_kernel_becomes_bootable_assets_and_twice_the_same() {
 
     assert!(manifest.kernel_source.contains(&manifest.kernel_release), "{manifest:?}");
     assert!(manifest.modules.contains(&"overlay".to_owned()), "{manifest:?}");
-    assert!(
-        manifest.modules.ends_with(&["vmw_vsock_virtio_transport".to_owned(), "virtio_balloon".to_owned()])
-    );
+    let last = ["vmw_vsock_virtio_transport", "virtio_balloon"].map(str::to_owned);
+    assert!(manifest.modules.ends_with(&last), "{manifest:?}");
     let kernel = std::fs::read(dir.path().join(&manifest.kernel.file)).unwrap();
     assert_eq!(&kernel[..4], b"\x7fELF", "the payload is entered directly");
 

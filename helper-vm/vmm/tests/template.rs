@@ -187,7 +187,7 @@ async fn a_restore_that_takes_too_long_names_its_phase() {
     // A share daemon that never says a word holds QEMU up for ever.
     let start = VmStart { share: Some(theirs.into()), boot_timeout, ..restored(&rig, &store, &key) };
     let error = error_chain(&Vm::start(start).await.unwrap_err());
-    assert!(error.starts_with("Waited 2 s in vain for QEMU to "), "{error}");
+    assert!(error.starts_with("Waited 2 s in vain for QEMU to restore the template"), "{error}");
     drop(ours);
     rig.assert_clean().await;
 }
