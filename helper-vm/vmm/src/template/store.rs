@@ -1,12 +1,13 @@
 //! The template directory: finding, opening, listing, removing. See the module for its layout.
 
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Read as _};
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, MemfdFlags, flock, memfd_create};
 use rustix::io::Errno;
 
 use super::manifest::{Manifest, SIZE_LIMIT, sha256};
@@ -71,7 +72,7 @@ pub struct Shape {
 pub struct Template {
     pub(super) path: PathBuf,
     manifest: Manifest,
-    state: File,
+    state: Vec<u8>,
     ram: File,
 }
 
@@ -270,8 +271,8 @@ impl Store {
 impl Template {
     fn open(path: &Path, key: &Key) -> Result<Self, TemplateError> {
         let manifest = read_manifest(path, key)?;
-        let (state, bytes) = read_file(&path.join(STATE), STATE_LIMIT)?;
-        if bytes.len() as u64 != manifest.state.size || sha256(&bytes) != manifest.state.sha256 {
+        let state = read_file(&path.join(STATE), STATE_LIMIT)?;
+        if state.len() as u64 != manifest.state.size || sha256(&state) != manifest.state.sha256 {
             return Err(TemplateError::damaged(path, "the machine's state has another size or digest"));
         }
         let ram_path = path.join(RAM);
@@ -290,10 +291,13 @@ impl Template {
         &self.manifest.key
     }
 
-    /// A descriptor of the machine's state, at its beginning, that nobody else reads from.
+    /// The machine's state, as it was checked, for one QEMU: in a file of its own, open for reading. QEMU never has
+    /// a descriptor of the template's files.
     pub(crate) fn open_state(&self) -> io::Result<File> {
-        // A second descriptor of the open file would share its position.
-        File::open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&self.state)))
+        let copy = File::from(memfd_create("template-state", MemfdFlags::CLOEXEC)?);
+        (&copy).write_all(&self.state)?;
+        // QEMU takes a descriptor for reading only as just that.
+        File::open(format!("/proc/self/fd/{}", copy.as_raw_fd()))
     }
 
     /// Copies the memory into `ram`, which holds zeros, and checks it.
@@ -314,7 +318,7 @@ impl Template {
 }
 
 fn read_manifest(path: &Path, key: &Key) -> Result<Manifest, TemplateError> {
-    let (_, bytes) = read_file(&path.join(MANIFEST), SIZE_LIMIT)?;
+    let bytes = read_file(&path.join(MANIFEST), SIZE_LIMIT)?;
     let manifest = Manifest::decode(&bytes).map_err(|what| TemplateError::damaged(path, what))?;
     if manifest.key != *key {
         return Err(TemplateError::damaged(path, format!("it is the template {}", manifest.key)));
@@ -322,14 +326,10 @@ fn read_manifest(path: &Path, key: &Key) -> Result<Manifest, TemplateError> {
     Ok(manifest)
 }
 
-fn read_file(path: &Path, limit: u64) -> Result<(File, Vec<u8>), TemplateError> {
-    let read = || {
-        let file = File::open(path)?;
-        let mut bytes = vec![];
-        (&file).take(limit).read_to_end(&mut bytes)?;
-        Ok((file, bytes))
-    };
-    read().map_err(TemplateError::io("read", path))
+fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>, TemplateError> {
+    let mut bytes = vec![];
+    let read = File::open(path).and_then(|file| file.take(limit).read_to_end(&mut bytes));
+    read.map(|_| bytes).map_err(TemplateError::io("read", path))
 }
 
 fn is_at(file: &File, path: &Path) -> bool {
