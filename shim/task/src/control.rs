@@ -3,17 +3,25 @@
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::Duration;
 
 use tokio::net::UnixListener;
+use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
-use tokio_stream::wrappers::UnixListenerStream;
+use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::{Request, Response, Status};
-use tracing::warn;
+use tracing::{Instrument, error, warn};
 use vmctr_proto::control::control_server::{Control, ControlServer};
-use vmctr_proto::control::{InspectReply, InspectRequest};
+use vmctr_proto::control::{HoldReply, HoldRequest, InspectReply, InspectRequest};
 
 use crate::error::TaskError;
-use crate::sandbox::{self, Handle};
+use crate::sandbox::{self, ContainerRequest, Handle};
+
+/// A caller that does not answer for so long is gone: what it holds is let go.
+const CALLER_LIMIT: Duration = Duration::from_secs(20);
+
+/// Between two looks whether the caller is still there.
+const CALLER_CHECK: Duration = Duration::from_secs(10);
 
 /// The running service; dropping it ends it.
 #[derive(Debug)]
@@ -30,6 +38,8 @@ pub fn serve(path: &Path, handle: Handle) -> Option<Server> {
     let listener = bind(path).inspect_err(|error| warn!("Cannot serve {}: {error}", path.display())).ok()?;
     let service = ControlServer::new(Service(handle));
     let serve = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(CALLER_CHECK))
+        .http2_keepalive_timeout(Some(CALLER_LIMIT))
         .add_service(service)
         .serve_with_incoming(UnixListenerStream::new(listener));
     let task = tokio::spawn(async move {
@@ -55,12 +65,41 @@ impl Control for Service {
     async fn inspect(&self, _: Request<InspectRequest>) -> Result<Response<InspectReply>, Status> {
         self.0.ask(sandbox::Request::Inspect).await.map(Response::new).map_err(|error| status(&error))
     }
+
+    type HoldStream = ReceiverStream<Result<HoldReply, Status>>;
+
+    async fn hold(&self, request: Request<HoldRequest>) -> Result<Response<Self::HoldStream>, Status> {
+        let (caller, stream) = mpsc::channel(1);
+        // A task of its own: a caller that goes away before the answer must not leave the container frozen.
+        tokio::spawn(hold(self.0.clone(), request.into_inner().freeze, caller).in_current_span());
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+/// Holds the container for as long as the caller listens.
+async fn hold(handle: Handle, freeze: bool, caller: mpsc::Sender<Result<HoldReply, Status>>) {
+    let held = match handle.ask_container(|answer| ContainerRequest::Hold(freeze, answer)).await {
+        Ok(held) => held,
+        Err(error) => {
+            // A caller that has gone needs no answer.
+            let _ = caller.send(Err(status(&error))).await;
+            return;
+        }
+    };
+    let micros = u64::try_from(held.as_micros()).unwrap_or(u64::MAX);
+    if caller.send(Ok(HoldReply { micros })).await.is_ok() {
+        caller.closed().await;
+    }
+    if let Err(error) = handle.ask_container(ContainerRequest::Release).await {
+        error!("The container cannot be let go on: {error}");
+    }
 }
 
 fn status(error: &TaskError) -> Status {
     match error {
         TaskError::NotFound(text) => Status::not_found(text),
         TaskError::Unavailable(text) => Status::unavailable(text),
+        TaskError::FailedPrecondition(text) => Status::failed_precondition(text),
         other => Status::internal(other.to_string()),
     }
 }

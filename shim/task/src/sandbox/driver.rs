@@ -214,6 +214,8 @@ impl Live {
             }
             ContainerRequest::Pause(answer) => drop(answer.send(container.pause().await)),
             ContainerRequest::Resume(answer) => drop(answer.send(container.resume().await)),
+            ContainerRequest::Hold(freeze, answer) => drop(answer.send(container.hold(freeze).await)),
+            ContainerRequest::Release(answer) => drop(answer.send(container.release().await)),
             ContainerRequest::Pids(answer) => drop(answer.send(container.pids().await)),
             ContainerRequest::Stats(answer) => drop(answer.send(container.stats().await)),
             ContainerRequest::Update(resources, answer) => {

@@ -4,6 +4,7 @@
 //! driver carries it out all the same.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use vmctr_proto::agent::StatsReply;
@@ -78,6 +79,10 @@ pub enum ContainerRequest {
     Pause(Answer<()>),
     /// Thaws it.
     Resume(Answer<()>),
+    /// Freezes it, when told so, and writes its changes back, until released; how long that took.
+    Hold(bool, Answer<Duration>),
+    /// Ends the hold.
+    Release(Answer<()>),
     /// Its processes in the guest.
     Pids(Answer<Vec<Pid>>),
     /// Its cgroup's figures.

@@ -2,12 +2,14 @@
 //!
 //! ```text
 //!   verbs   what containerd asks of a live container: exec, start, kill, pause, ...
+//!   hold    standing still while its changes are read
 //!   ends    exits, the VM's end, deletion
 //! ```
 //!
 //! Invariants: a process's exit is published once, after its start; after the VM's end no process is live.
 
 mod ends;
+mod hold;
 mod verbs;
 
 use std::collections::BTreeMap;
@@ -25,6 +27,7 @@ use super::session::Session;
 use super::task::Task;
 use crate::error::{Result, TaskError};
 use crate::hooks::State;
+use hold::Held;
 
 /// Preparing a container, an exec, or running them: under TCG a second or two.
 pub const CREATE_LIMIT: Duration = Duration::from_secs(60);
@@ -44,6 +47,7 @@ pub struct Container {
     state: State,
     kill_deadline: Option<Instant>,
     last_oom: Option<Instant>,
+    held: Option<Held>,
 }
 
 impl Container {
@@ -58,6 +62,7 @@ impl Container {
             state,
             kill_deadline: None,
             last_oom: None,
+            held: None,
         }
     }
 

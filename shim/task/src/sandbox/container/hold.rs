@@ -1,0 +1,97 @@
+//! Standing still while somebody reads the container's changes from its upper.
+//!
+//! ```text
+//!            hold: freeze what runs, flush            release, VM's end: thaw what hold froze
+//!   free ────────────────────────────────────> held ────────────────────────────────────────> free
+//!                  └─ fails: thawed at once
+//! ```
+//!
+//! Invariant: nobody but the holder ends a hold, so nothing is written behind the reader's back: while it
+//! lasts, containerd's start, pause and resume are refused. Killing and deleting are not.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+use vmctr_proto::agent::Empty;
+
+use super::{CALL_LIMIT, Container};
+use crate::error::{Result, TaskError};
+use crate::sandbox::process::Phase;
+
+/// Writing back all that a guest's memory may hold.
+pub(super) const FLUSH_LIMIT: Duration = Duration::from_secs(60);
+
+/// A hold that lasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Held {
+    /// Whether it was the hold that froze the processes.
+    froze: bool,
+}
+
+impl Container {
+    /// Freezes the processes that run, if wished, and writes the guest's changes to the share. Returns how
+    /// long that took. A container whose VM has ended has nothing to write.
+    pub async fn hold(&mut self, freeze: bool) -> Result<Duration> {
+        self.check_not_held()?;
+        let begun = Instant::now();
+        if self.session.is_none() {
+            self.held = Some(Held { froze: false });
+            return Ok(begun.elapsed());
+        }
+        let froze = freeze && self.init()?.process.phase() == Phase::Running;
+        if froze {
+            self.freeze_in_guest().await?;
+        }
+        if let Err(error) = self.flush().await {
+            if froze {
+                // The flush's error is the one to report; a guest that cannot thaw either is lost anyway.
+                let _ = self.thaw_in_guest().await;
+            }
+            return Err(error);
+        }
+        self.held = Some(Held { froze });
+        Ok(begun.elapsed())
+    }
+
+    /// Ends the hold: what it froze runs on.
+    pub async fn release(&mut self) -> Result<()> {
+        let held = self.held.take();
+        let live = self.session.is_some() && self.is_live();
+        if held.is_some_and(|held| held.froze) && live { self.thaw_in_guest().await } else { Ok(()) }
+    }
+
+    /// Fails while somebody holds the container.
+    pub(super) fn check_not_held(&self) -> Result<()> {
+        match self.held {
+            None => Ok(()),
+            Some(_) => Err(TaskError::FailedPrecondition(
+                "the container's changes are being read (commit); try again when that has ended".into(),
+            )),
+        }
+    }
+
+    pub(super) async fn flush(&self) -> Result<()> {
+        let Some(session) = &self.session else { return Ok(()) };
+        session
+            .agent()
+            .call("write its files back", FLUSH_LIMIT, |mut agent| async move { agent.flush(Empty {}).await })
+            .await?;
+        Ok(())
+    }
+
+    pub(super) async fn freeze_in_guest(&self) -> Result<()> {
+        let container = self.container_ref();
+        let session = self.live_session()?;
+        let pause = |mut agent: vmctr_vmm::vm::Agent| async move { agent.pause(container).await };
+        session.agent().call("freeze the container", CALL_LIMIT, pause).await?;
+        Ok(())
+    }
+
+    pub(super) async fn thaw_in_guest(&self) -> Result<()> {
+        let container = self.container_ref();
+        let session = self.live_session()?;
+        let resume = |mut agent: vmctr_vmm::vm::Agent| async move { agent.resume(container).await };
+        session.agent().call("thaw the container", CALL_LIMIT, resume).await?;
+        Ok(())
+    }
+}
