@@ -6,6 +6,7 @@
 //!               service     gRPC on vsock AGENT, thin: each call becomes one verb
 //!               verbs       create, exec, start, ... : the steps of a call, waiting outside the actor
 //!               guest       the actor: sole owner of containers, processes, events; reaps
+//!               archive     a guest-side upper folder as a tar stream
 //!               stdio       raw streams on vsock STDIO, one copying thread per stream
 //!               └─ vmctr-agent runtime create|exec ... (short-lived, single-threaded)
 //!                     rootfs   overlay or bind mount of the container's root
@@ -15,6 +16,7 @@
 //! PID 1 never forks without executing: it has threads. Everything that forks for long, or may block on
 //! the share, happens in the `runtime` subcommand.
 
+mod archive;
 mod boot;
 mod cgroup;
 mod guest;

@@ -13,6 +13,7 @@ mod signal;
 mod start;
 mod terminal;
 mod update;
+mod upper;
 
 use std::error::Error as _;
 use std::io;
@@ -20,7 +21,7 @@ use std::io;
 use tonic::{Code, Status};
 
 use crate::guest::{AdoptError, HelperError, LookupError, WatchError, WrongState};
-use crate::{cgroup, ids, rootfs, spec, stdio};
+use crate::{archive, cgroup, ids, rootfs, spec, stdio};
 
 pub use create::create;
 pub use delete::delete;
@@ -32,6 +33,7 @@ pub use signal::signal;
 pub use start::start;
 pub use terminal::resize;
 pub use update::update;
+pub use upper::{UpperSender, read_upper};
 
 /// A call failed.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +62,8 @@ pub enum Error {
     Argument(String),
     #[error("{0}")]
     Io(String, #[source] io::Error),
+    #[error(transparent)]
+    Archive(#[from] archive::Error),
     #[error(transparent)]
     Watch(#[from] WatchError),
     #[error("marking the container as running")]
