@@ -7,4 +7,5 @@ pub mod digest;
 pub mod layer;
 pub mod meta;
 pub mod path;
+pub mod tree;
 pub mod upper;

@@ -103,10 +103,6 @@ impl<'a> Raw<'a> {
         self.0[KIND]
     }
 
-    pub(super) fn is_gnu(&self) -> bool {
-        &self.0[MAGIC] == b"ustar  \0"
-    }
-
     pub(super) fn is_posix(&self) -> bool {
         self.0[MAGIC].starts_with(b"ustar\0")
     }
@@ -191,7 +187,7 @@ mod tests {
             let header = Header { name: &name, kind: b'0', mode, uid, gid: 7, size, mtime, device: Some(device), ..Header::default() };
             let block = header.encode();
             let raw = Raw(&block);
-            prop_assert!(raw.is_intact() && raw.is_posix() && !raw.is_gnu());
+            prop_assert!(raw.is_intact() && raw.is_posix());
             prop_assert_eq!(raw.name(), name);
             prop_assert_eq!(raw.mode(), Some(mode.into()));
             prop_assert_eq!((raw.uid(), raw.gid(), raw.size()), (Some(uid), Some(7), Some(size)));

@@ -9,7 +9,7 @@ use std::io::{self, Read};
 use super::decode::{Checked, Decoded};
 use super::header::Raw;
 use super::pax::{self, Records};
-use super::{BLOCK, OPAQUE, WHITEOUT, XATTR_RECORD};
+use super::{BLOCK, WHITEOUT, XATTR_RECORD};
 use crate::meta::{Device, Meta, Time, Xattrs};
 use crate::path::{Escaped, PathError, TreePath};
 
@@ -229,7 +229,7 @@ impl<R: Read> LayerReader<R> {
         let kind = self.kind(raw, &path, &name, size, &mut extras)?;
         (self.left, self.padding) = (size, padding(size));
         let xattrs = xattrs(extras.records);
-        Ok(with_whiteouts(Item { path, meta, xattrs, kind }))
+        with_whiteouts(Item { path, meta, xattrs, kind })
     }
 
     fn meta(&self, raw: &Raw<'_>, records: &Records) -> Result<Meta, ReadError> {
@@ -363,14 +363,13 @@ fn xattrs(records: Records) -> Xattrs {
 }
 
 /// Tells what names that begin with `.wh.` mean.
-fn with_whiteouts(item: Item) -> Item {
-    let Some(target) = item.path.name().and_then(|name| name.strip_prefix(WHITEOUT)) else { return item };
+fn with_whiteouts(item: Item) -> Result<Item, ReadError> {
+    let Some(target) = item.path.name().and_then(|name| name.strip_prefix(WHITEOUT)) else { return Ok(item) };
     let folder = item.path.parent().unwrap_or_default();
-    if item.path.name() == Some(OPAQUE) {
-        return Item { path: folder, kind: ItemKind::Opaque, ..item };
+    match target {
+        b".wh..opq" => Ok(Item { path: folder, kind: ItemKind::Opaque, ..item }),
+        b"" | b"." | b".." => Err(ambiguous(&item.path, "a whiteout of nothing")),
+        _ if target.starts_with(WHITEOUT) => Err(ambiguous(&item.path, "a whiteout of a whiteout")),
+        _ => Ok(Item { path: folder.join(target), kind: ItemKind::Whiteout, ..item }),
     }
-    if target.is_empty() || matches!(target, b"." | b"..") {
-        return item;
-    }
-    Item { path: folder.join(target), kind: ItemKind::Whiteout, ..item }
 }

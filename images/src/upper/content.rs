@@ -38,11 +38,6 @@ impl Content {
     pub fn unchanged(&self) -> io::Result<bool> {
         Ok(self.node.stat_again()?.unchanged_since(&self.node.stat))
     }
-
-    /// Owner, permissions and times now.
-    pub fn meta_now(&self) -> io::Result<Meta> {
-        Ok(self.node.stat_again()?.meta)
-    }
 }
 
 /// A piece of a file.
@@ -68,9 +63,9 @@ impl ContentReader {
         self.before.size
     }
 
-    /// The open file, for copying in the kernel.
-    pub fn file(&self) -> &File {
-        &self.file
+    /// Owner, permissions and times when it was opened.
+    pub(crate) fn meta(&self) -> Meta {
+        self.before.meta
     }
 
     /// The next piece; `None` at the end.
@@ -97,6 +92,44 @@ impl ContentReader {
         }
         self.position += count as u64;
         Ok(Piece::Data(count))
+    }
+
+    /// Copies the rest to an empty file, sharing blocks where the file system can, keeping holes.
+    pub(crate) fn copy_to(&mut self, target: &File) -> io::Result<()> {
+        if self.position == 0 && rustix::fs::ioctl_ficlone(target, &self.file).is_ok() {
+            return Ok(());
+        }
+        target.set_len(self.before.size)?;
+        while self.position < self.before.size {
+            self.position = self.find_data()?;
+            while self.position < self.data_until {
+                self.copy_some(target)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn copy_some(&mut self, target: &File) -> io::Result<()> {
+        let count = (self.data_until - self.position).min(1 << 30) as usize;
+        let (mut from, mut to) = (self.position, self.position);
+        match rustix::fs::copy_file_range(&self.file, Some(&mut from), target, Some(&mut to), count) {
+            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(copied) => {
+                self.position += copied as u64;
+                Ok(())
+            }
+            Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => self.copy_by_hand(target),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn copy_by_hand(&mut self, target: &File) -> io::Result<()> {
+        let mut buffer = vec![0; 256 * 1024];
+        let at = self.position;
+        match self.read(&mut buffer)? {
+            Piece::Data(count) => target.write_all_at(&buffer[..count], at),
+            Piece::Hole(_) => Ok(()),
+        }
     }
 
     /// Where the next data begins; sets where it ends.
@@ -133,7 +166,7 @@ impl ContentReader {
 }
 
 /// Whether two files hold the same bytes; reads both at most once, and not at all if they are one.
-pub(super) fn same_bytes(one: &Content, other: &Content) -> io::Result<bool> {
+pub(crate) fn same_bytes(one: &Content, other: &Content) -> io::Result<bool> {
     if one.id() == other.id() {
         return Ok(true);
     }
@@ -192,6 +225,21 @@ mod tests {
         assert!(holes >= (2 << 20), "{holes}");
         assert_eq!(whole, std::fs::read(&path).unwrap());
         assert!(reader.unchanged().unwrap());
+    }
+
+    #[test]
+    fn a_copy_keeps_bytes_and_holes() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sparse");
+        let mut file = File::create(&path).unwrap();
+        file.seek(io::SeekFrom::Start(8 << 20)).unwrap();
+        file.write_all(&[7; 10_000]).unwrap();
+        file.set_len(20 << 20).unwrap();
+        let copy = dir.path().join("copy");
+        content(&path).open().unwrap().copy_to(&File::create(&copy).unwrap()).unwrap();
+        assert!(std::fs::read(&path).unwrap() == std::fs::read(&copy).unwrap());
+        assert!(std::fs::metadata(&copy).unwrap().blocks() * 512 < 1 << 20);
     }
 
     #[test]

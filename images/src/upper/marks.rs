@@ -122,7 +122,7 @@ impl Marks {
 }
 
 /// Attributes that belong to an image, rather than to the host's file system.
-fn is_content(name: &[u8]) -> bool {
+pub(crate) fn is_content(name: &[u8]) -> bool {
     let known = [b"user.".as_slice(), b"trusted.", b"security.", b"system.posix_acl_"];
     name != HOST_ONLY && known.iter().any(|prefix| name.starts_with(prefix))
 }

@@ -24,4 +24,5 @@ pub use marks::Namespace;
 pub use view::Layers;
 pub use walk::{Change, Consistency, Entry, EntryKind, Note, Scope, Walk, What};
 
-pub(crate) use marks::{Marks, escape};
+pub(crate) use content::same_bytes;
+pub(crate) use marks::{escape, is_content};

@@ -142,8 +142,16 @@ struct Frame {
     hidden: bool,
     names: Names,
     /// This folder's own entry, as long as nothing below it was told.
-    unsaid: Option<Entry>,
+    unsaid: Option<Change>,
     stat: Stat,
+}
+
+/// What is known of a folder when it is entered.
+struct State {
+    replaced: bool,
+    hidden: bool,
+    changed: bool,
+    in_base: bool,
 }
 
 enum Names {
@@ -323,9 +331,10 @@ impl<'a> Walk<'a> {
         let within = path.starts_with(&self.subtree);
         let hide = within && replaced && !hidden && !base.0.is_empty();
         let changed = within && (hide || hidden || !self.same_dir(&path, &view, &base)?);
-        self.push(path.clone(), view, base, replaced, hidden || hide)?;
-        if changed && let Some(entry) = self.frames.last_mut().and_then(|frame| frame.unsaid.take()) {
-            self.say(path.clone(), What::Entry(entry), in_base);
+        let state = State { replaced, hidden: hidden || hide, changed, in_base };
+        self.push(path.clone(), view, base, state)?;
+        if changed {
+            self.say_unsaid();
         }
         if hide {
             self.say(path, What::Opaque, true);
@@ -343,19 +352,15 @@ impl<'a> Walk<'a> {
         }
     }
 
-    fn push(
-        &mut self,
-        path: TreePath,
-        view: View,
-        base: View,
-        replaced: bool,
-        hidden: bool,
-    ) -> Result<(), WalkError> {
+    fn push(&mut self, path: TreePath, view: View, base: View, state: State) -> Result<(), WalkError> {
         let Some(top) = view.top() else { return Ok(()) };
         let node = top.node(self.layers)?;
         let (_, xattrs) = self.attributes(&node, &path)?;
-        let unsaid = Some(Entry { meta: node.stat.meta, xattrs, kind: EntryKind::Dir });
-        let names = self.names(&path, &view, replaced);
+        let entry = Entry { meta: node.stat.meta, xattrs, kind: EntryKind::Dir };
+        let what = if state.changed { What::Entry(entry) } else { What::Parent(entry) };
+        let unsaid = Some(Change { path: path.clone(), what, in_base: state.in_base });
+        let names = self.names(&path, &view, state.replaced);
+        let State { replaced, hidden, .. } = state;
         self.frames.push(Frame { path, view, base, replaced, hidden, names, unsaid, stat: node.stat });
         Ok(())
     }
@@ -396,12 +401,7 @@ impl<'a> Walk<'a> {
     fn say_unsaid(&mut self) {
         // Folders are told from the root down, so those not told yet are at the end.
         let first = self.frames.iter().rposition(|frame| frame.unsaid.is_none()).map_or(0, |told| told + 1);
-        for frame in &mut self.frames[first..] {
-            let Some(entry) = frame.unsaid.take() else { continue };
-            let in_base = !frame.base.0.is_empty();
-            let what = if in_base { What::Parent(entry) } else { What::Entry(entry) };
-            self.ready.push_back(Change { path: frame.path.clone(), what, in_base });
-        }
+        self.ready.extend(self.frames[first..].iter_mut().filter_map(|frame| frame.unsaid.take()));
     }
 }
 
