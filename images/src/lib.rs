@@ -3,9 +3,12 @@
 //! This crate knows nothing of the VM.
 
 mod beneath;
+pub mod commit;
+pub mod config;
 pub mod digest;
 pub mod layer;
 pub mod meta;
 pub mod path;
+pub mod store;
 pub mod tree;
 pub mod upper;

@@ -14,7 +14,7 @@ type Stored<R> = BufReader<HashingReader<R>>;
 
 enum Decoder<R: Read> {
     Plain(Stored<R>),
-    Gzip(MultiGzDecoder<Stored<R>>),
+    Gzip(Box<MultiGzDecoder<Stored<R>>>),
     Zstd(zstd::stream::read::Decoder<'static, Stored<R>>),
 }
 
@@ -50,7 +50,7 @@ impl<R: Read> Decoded<R> {
         let mut source = BufReader::with_capacity(BUFFER, HashingReader::new(source));
         let start = source.fill_buf()?;
         let decoder = if start.starts_with(&GZIP) {
-            Decoder::Gzip(MultiGzDecoder::new(source))
+            Decoder::Gzip(Box::new(MultiGzDecoder::new(source)))
         } else if start.starts_with(&ZSTD) {
             Decoder::Zstd(zstd::stream::read::Decoder::with_buffer(source)?)
         } else {

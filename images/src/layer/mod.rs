@@ -18,6 +18,8 @@ pub use decode::Checked;
 pub use read::{Item, ItemKind, LayerReader, ReadError};
 pub use write::{LayerError, LayerInfo, LayerOptions, LayerWriter, Totals};
 
+pub(crate) use write::plain_header;
+
 /// What a whiteout's name begins with.
 pub(crate) const WHITEOUT: &[u8] = b".wh.";
 /// The name that hides a folder's former content.

@@ -123,7 +123,7 @@ impl<R: Read> LayerReader<R> {
     }
 
     /// The next entry; the content of the one before is skipped if it was not read.
-    pub fn next(&mut self) -> Result<Option<Item>, ReadError> {
+    pub fn next_item(&mut self) -> Result<Option<Item>, ReadError> {
         self.skip(self.left + self.padding)?;
         (self.left, self.padding) = (0, 0);
         let mut extras = Extras::default();
@@ -144,7 +144,7 @@ impl<R: Read> LayerReader<R> {
 
     /// Reads the rest and tells the digests.
     pub fn finish(mut self) -> Result<Checked, ReadError> {
-        while self.next()?.is_some() {}
+        while self.next_item()?.is_some() {}
         let Self { source, entries, bytes_left, .. } = self;
         source.finish(bytes_left).map_err(|source| ReadError::Read { entries, source })
     }

@@ -139,14 +139,16 @@ impl<W: Write> LayerWriter<W> {
     }
 
     /// Writes one statement; they must come in the order of the walk.
-    pub fn add(&mut self, change: &Change) -> Result<(), LayerError> {
+    /// `progress` hears of every entry and of every further mebibyte.
+    pub fn add(&mut self, change: &Change, progress: &mut dyn FnMut(Totals)) -> Result<(), LayerError> {
         let Change { path, what, .. } = change;
         if path.components().any(|name| name.starts_with(WHITEOUT)) {
             return Err(LayerError::ReservedName(path.clone()));
         }
         self.entries += 1;
+        progress(self.totals());
         match what {
-            What::Entry(entry) | What::Parent(entry) => self.entry(path, entry),
+            What::Entry(entry) | What::Parent(entry) => self.entry(path, entry, progress),
             What::Opaque => self.whiteout(&path.join(OPAQUE)),
             What::Whiteout => {
                 let name = [WHITEOUT, path.name().unwrap_or_default()].concat();
@@ -167,29 +169,31 @@ impl<W: Write> LayerWriter<W> {
     }
 
     fn whiteout(&mut self, path: &TreePath) -> Result<(), LayerError> {
-        let meta = Meta { mode: 0, uid: 0, gid: 0, mtime: Time::default() };
-        self.header(
-            path,
-            Fields { kind: b'0', meta, ..Fields::new(path.as_bytes().to_vec()) },
-            &Xattrs::new(),
-        )
+        self.header(path, &Fields::new(path.as_bytes().to_vec()), &Xattrs::new())
     }
 
-    fn entry(&mut self, path: &TreePath, entry: &Entry) -> Result<(), LayerError> {
+    fn entry(
+        &mut self,
+        path: &TreePath,
+        entry: &Entry,
+        progress: &mut dyn FnMut(Totals),
+    ) -> Result<(), LayerError> {
         let mut fields = Fields { meta: self.clamp(entry.meta), ..Fields::new(path.as_bytes().to_vec()) };
         match &entry.kind {
             EntryKind::Dir => {
                 fields.kind = b'5';
                 fields.name.extend_from_slice(if path.is_root() { b"./" } else { b"/" });
             }
-            EntryKind::File(content) => return self.file(path, fields, content, &entry.xattrs),
+            EntryKind::File(content) => {
+                return self.file(path, fields, content, &entry.xattrs, progress);
+            }
             EntryKind::Link(first) => (fields.kind, fields.link) = (b'1', first.as_bytes()),
             EntryKind::Symlink(target) => (fields.kind, fields.link) = (b'2', target),
             EntryKind::Char(device) => (fields.kind, fields.device) = (b'3', Some(*device)),
             EntryKind::Block(device) => (fields.kind, fields.device) = (b'4', Some(*device)),
             EntryKind::Fifo => fields.kind = b'6',
         }
-        self.header(path, fields, &entry.xattrs)
+        self.header(path, &fields, &entry.xattrs)
     }
 
     fn clamp(&self, meta: Meta) -> Meta {
@@ -203,6 +207,7 @@ impl<W: Write> LayerWriter<W> {
         fields: Fields<'_>,
         content: &Content,
         xattrs: &Xattrs,
+        progress: &mut dyn FnMut(Totals),
     ) -> Result<(), LayerError> {
         let read = |source| LayerError::Read { path: path.clone(), source };
         let mut reader = content.open().map_err(read)?;
@@ -210,9 +215,10 @@ impl<W: Write> LayerWriter<W> {
         if reader.size() != content.size() {
             return Err(changed());
         }
-        self.header(path, Fields { kind: b'0', size: reader.size(), ..fields }, xattrs)?;
+        self.header(path, &Fields { kind: b'0', size: reader.size(), ..fields }, xattrs)?;
         let mut buffer = std::mem::take(&mut self.buffer);
         loop {
+            progress(self.totals());
             match reader.next(&mut buffer) {
                 Ok(Some(Piece::Data(count))) => self.write(&buffer[..count])?,
                 Ok(Some(Piece::Hole(count))) => self.zeros(count)?,
@@ -228,38 +234,23 @@ impl<W: Write> LayerWriter<W> {
         self.zeros(reader.size().wrapping_neg() % BLOCK as u64)
     }
 
-    fn header(&mut self, path: &TreePath, fields: Fields<'_>, xattrs: &Xattrs) -> Result<(), LayerError> {
+    fn header(&mut self, path: &TreePath, fields: &Fields<'_>, xattrs: &Xattrs) -> Result<(), LayerError> {
         let length = self.out.bytes().saturating_add(fields.size);
         if length > self.options.limit {
             return Err(LayerError::TooLarge { limit: self.options.limit, path: path.clone() });
         }
         let mut records = fields.records();
         add_xattrs(&mut records, path, xattrs)?;
-        if !records.is_empty() {
-            self.records(path, &records)?;
+        let records = records_entry(&records);
+        if records.len() > RECORDS_MAX {
+            return Err(LayerError::TooLargeHeader(path.clone()));
         }
+        self.write(&records)?;
         self.write(&fields.header().encode())
     }
 
-    fn records(&mut self, path: &TreePath, records: &Records) -> Result<(), LayerError> {
-        let bytes = pax::encode(records);
-        if bytes.len() > RECORDS_MAX {
-            return Err(LayerError::TooLargeHeader(path.clone()));
-        }
-        let header = Header {
-            name: b"PaxHeaders/x",
-            kind: b'x',
-            mode: 0o644,
-            size: bytes.len() as u64,
-            ..Header::default()
-        };
-        self.write(&header.encode())?;
-        self.write(&bytes)?;
-        self.zeros((bytes.len() as u64).wrapping_neg() % BLOCK as u64)
-    }
-
     fn zeros(&mut self, mut count: u64) -> Result<(), LayerError> {
-        const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+        static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
         while count > 0 {
             let step = count.min(ZEROS.len() as u64);
             self.write(&ZEROS[..step as usize])?;
@@ -273,6 +264,32 @@ impl<W: Write> LayerWriter<W> {
     }
 }
 
+/// The header of a regular file in an archive that is no layer, its records included.
+pub(crate) fn plain_header(name: &str, size: u64) -> Vec<u8> {
+    let fields =
+        Fields { size, meta: Meta { mode: 0o644, ..NOBODY }, ..Fields::new(name.as_bytes().to_vec()) };
+    let mut bytes = records_entry(&fields.records());
+    bytes.extend_from_slice(&fields.header().encode());
+    bytes
+}
+
+/// Records as an entry of their own; nothing if there are none.
+fn records_entry(records: &Records) -> Vec<u8> {
+    if records.is_empty() {
+        return Vec::new();
+    }
+    let bytes = pax::encode(records);
+    let size = bytes.len() as u64;
+    let header = Header { name: b"PaxHeaders/x", kind: b'x', mode: 0o644, size, ..Header::default() };
+    let mut entry = header.encode().to_vec();
+    entry.extend_from_slice(&bytes);
+    entry.resize(entry.len().next_multiple_of(BLOCK), 0);
+    entry
+}
+
+/// What a whiteout and nothing else has.
+const NOBODY: Meta = Meta { mode: 0, uid: 0, gid: 0, mtime: Time { secs: 0, nanos: 0 } };
+
 /// An entry's values before it is known which of them fit a header.
 struct Fields<'a> {
     name: Vec<u8>,
@@ -285,8 +302,7 @@ struct Fields<'a> {
 
 impl Fields<'_> {
     fn new(name: Vec<u8>) -> Self {
-        let meta = Meta { mode: 0, uid: 0, gid: 0, mtime: Time::default() };
-        Self { name, link: &[], kind: b'0', meta, size: 0, device: None }
+        Self { name, link: &[], kind: b'0', meta: NOBODY, size: 0, device: None }
     }
 
     /// What a header's fields cannot hold.

@@ -35,7 +35,7 @@ pub fn apply<R: Read>(mut layer: LayerReader<R>, root: &Path, form: Form) -> Res
     let root = Node::root(root).map_err(ApplyError::Root)?;
     let mut applied =
         Applied { target: Target::new(root, form), made: HashSet::new(), keys: RandomState::new() };
-    while let Some(item) = layer.next()? {
+    while let Some(item) = layer.next_item()? {
         applied.item(&item, &mut layer)?;
     }
     applied.target.finish()?;

@@ -41,9 +41,9 @@ pub enum CompareError {
 /// A source of entries in the order of their paths.
 pub enum Tree<'a> {
     /// A merged view; the walk must tell everything.
-    Folders(Walk<'a>),
+    Folders(Box<Walk<'a>>),
     /// A tar stream of a merged view, such as a guest sends.
-    Stream(LayerReader<Box<dyn Read + 'a>>),
+    Stream(Box<LayerReader<Box<dyn Read + 'a>>>),
 }
 
 /// One way in which two trees differ.
@@ -164,7 +164,7 @@ impl Tree<'_> {
 }
 
 fn next_of_walk(walk: &mut Walk<'_>) -> Result<Option<Seen>, CompareError> {
-    while let Some(change) = walk.next()? {
+    while let Some(change) = walk.next_change()? {
         let (What::Entry(entry) | What::Parent(entry)) = change.what else { continue };
         let kind = match entry.kind {
             EntryKind::Dir => Kind::Dir,
@@ -181,7 +181,7 @@ fn next_of_walk(walk: &mut Walk<'_>) -> Result<Option<Seen>, CompareError> {
 }
 
 fn next_of_stream<R: Read>(stream: &mut LayerReader<R>) -> Result<Option<Seen>, CompareError> {
-    let Some(Item { path, meta, xattrs, kind }) = stream.next()? else { return Ok(None) };
+    let Some(Item { path, meta, xattrs, kind }) = stream.next_item()? else { return Ok(None) };
     let kind = match kind {
         ItemKind::Dir => Kind::Dir,
         ItemKind::File(_) => Kind::File(Bytes::Hashed(

@@ -16,6 +16,3 @@ pub use apply::{ApplyError, apply};
 pub use compare::{CompareError, Difference, How, Tree, compare};
 pub use new_folder::{NewFolder, NewFolderError, write_new_folder};
 pub use target::{Form, TreeError};
-
-pub(crate) use new_folder::fill;
-pub(crate) use target::Target;

@@ -87,7 +87,7 @@ pub(crate) fn fill(
 ) -> Result<NewFolder, NewFolderError> {
     let mut target = Target::new(root, Form::Overlay(namespace));
     let mut written = NewFolder::default();
-    while let Some(change) = walk.next()? {
+    while let Some(change) = walk.next_change()? {
         written.entries += 1;
         add(&mut target, &change, namespace, consistency, &mut written)?;
     }

@@ -10,6 +10,7 @@
 //! its names, links, depth and attributes are all bounded.
 
 mod content;
+mod diff;
 mod error;
 mod links;
 mod marks;
@@ -19,9 +20,10 @@ mod view;
 mod walk;
 
 pub use content::{Content, ContentReader, Piece};
+pub use diff::{Status, diff};
 pub use error::WalkError;
 pub use marks::Namespace;
-pub use view::Layers;
+pub use view::{Layers, OpenError};
 pub use walk::{Change, Consistency, Entry, EntryKind, Note, Scope, Walk, What};
 
 pub(crate) use content::same_bytes;

@@ -157,6 +157,11 @@ impl View {
         self.0.first()
     }
 
+    /// The parts, opened.
+    pub(super) fn nodes(&self, layers: &Layers) -> Result<Vec<Rc<Node>>, WalkError> {
+        self.0.iter().map(|dir| dir.node(layers)).collect()
+    }
+
     /// Frees the handles; they are opened again when needed.
     pub(super) fn close(&self) {
         self.0.iter().for_each(|dir| drop(dir.open.borrow_mut().take()));

@@ -189,7 +189,7 @@ impl<'a> Walk<'a> {
     }
 
     /// The next statement; `None` at the end.
-    pub fn next(&mut self) -> Result<Option<Change>, WalkError> {
+    pub fn next_change(&mut self) -> Result<Option<Change>, WalkError> {
         loop {
             if let Some(change) = self.ready.pop_front() {
                 return Ok(Some(change));
@@ -211,6 +211,22 @@ impl<'a> Walk<'a> {
         if self.frames.last().is_some_and(gone) {
             self.frames.pop();
         }
+    }
+
+    /// After an opaque mark: what the base has in that folder and the container has not.
+    pub(super) fn hidden_names(&self) -> Result<Vec<TreePath>, WalkError> {
+        let Some(frame) = self.frames.last() else { return Ok(Vec::new()) };
+        let nodes = frame.base.nodes(self.layers)?;
+        let mut names = MergedNames::new(nodes.len(), self.frames.len());
+        let mut hidden = Vec::new();
+        while let Some(name) = names.next(&nodes).at(&frame.path)? {
+            let path = frame.path.join(&name);
+            let was = frame.base.lookup(self.layers, &name, &path)?.exists();
+            if was && !frame.view.lookup(self.layers, &name, &path)?.exists() {
+                hidden.push(path);
+            }
+        }
+        Ok(hidden)
     }
 
     /// What was left out so far, and how many further notes were not kept.
@@ -410,8 +426,8 @@ impl Frame {
         match &mut self.names {
             Names::One(name) => Ok(name.take()),
             Names::Listed(names) => {
-                let parts = self.view.0.iter().take(names.folders());
-                let nodes = parts.map(|dir| dir.node(layers)).collect::<Result<Vec<_>, _>>()?;
+                let mut nodes = self.view.nodes(layers)?;
+                nodes.truncate(names.folders());
                 names.next(&nodes).map_err(|source| match source.kind() {
                     std::io::ErrorKind::FileTooLarge => WalkError::TooManyNames(self.path.clone()),
                     _ => WalkError::Read { path: self.path.clone(), source },

@@ -73,8 +73,8 @@ pub fn write_layer(
     let layers = layers(folders);
     let mut walk = Walk::new(&layers, scope, Consistency::Frozen, TreePath::root())?;
     let mut writer = LayerWriter::new(File::create(file)?, options)?;
-    while let Some(change) = walk.next()? {
-        writer.add(&change)?;
+    while let Some(change) = walk.next_change()? {
+        writer.add(&change, &mut |_| {})?;
     }
     Ok(writer.finish()?.1)
 }
@@ -90,8 +90,12 @@ pub fn apply_layer(file: &Path, info: &LayerInfo, root: &Path) {
 /// How the folder `is` differs from the folder `should`, both as they are.
 pub fn differences(is: &Path, should: &Path) -> Vec<Difference> {
     let (is, should) = (layers(&[is.to_owned()]), layers(&[should.to_owned()]));
-    compare(Tree::Folders(walk(&is, Scope::Everything)), Tree::Folders(walk(&should, Scope::Everything)), 100)
-        .unwrap()
+    compare(
+        Tree::Folders(Box::new(walk(&is, Scope::Everything))),
+        Tree::Folders(Box::new(walk(&should, Scope::Everything))),
+        100,
+    )
+    .unwrap()
 }
 
 pub fn show(differences: &[Difference]) -> String {
@@ -101,7 +105,7 @@ pub fn show(differences: &[Difference]) -> String {
 /// A stream for a comparison.
 pub fn stream(file: &Path) -> Tree<'static> {
     let source: Box<dyn Read> = Box::new(File::open(file).unwrap());
-    Tree::Stream(LayerReader::new(source, LIMIT).unwrap())
+    Tree::Stream(Box::new(LayerReader::new(source, LIMIT).unwrap()))
 }
 
 pub fn folder(dir: &TempDir, name: &str) -> PathBuf {
