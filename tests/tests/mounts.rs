@@ -16,6 +16,7 @@ under_both_runtimes! {
     a_folder_of_the_host_can_be_read_and_written,
     a_read_only_folder_cannot_be_written,
     a_single_file_of_the_host_can_be_mounted,
+    a_file_can_be_mounted_where_the_image_has_a_link_to_nowhere,
     changes_on_the_host_are_seen_at_once,
     owners_modes_links_and_times_are_kept,
     many_folders_can_be_mounted,
@@ -57,6 +58,19 @@ fn a_single_file_of_the_host_can_be_mounted(rig: &mut Rig) {
     output.ok().prints("ro\nrw\nrefused");
     assert_eq!(fs::read_to_string(folder.join("rw")).unwrap(), "changed\n");
     assert_eq!(fs::read_to_string(folder.join("ro")).unwrap(), "ro\n");
+}
+
+/// As images with systemd have it for /etc/resolv.conf.
+fn a_file_can_be_mounted_where_the_image_has_a_link_to_nowhere(rig: &mut Rig) {
+    let root = rig.busybox_root("link", &[]);
+    std::os::unix::fs::symlink("../run/systemd/resolve/stub", root.join("etc/resolv.conf")).unwrap();
+    let file = rig.new_folder("data").join("resolv.conf");
+    fs::write(&file, "nameserver 192.0.2.1\n").unwrap();
+    let run = rig.container_in(&root, "link").bind(&file, "/etc/resolv.conf", "bind:ro");
+    run.sh("cat /etc/resolv.conf; readlink /etc/resolv.conf")
+        .output()
+        .ok()
+        .prints("nameserver 192.0.2.1\n../run/systemd/resolve/stub");
 }
 
 fn changes_on_the_host_are_seen_at_once(rig: &mut Rig) {

@@ -107,6 +107,9 @@ impl ShareRoot {
     /// # Errors
     /// The source that could not be mounted, or the step that failed.
     pub fn build(sources: &Sources) -> Result<Self, MountError> {
+        // Taken before the new root covers a folder of the host: a volume with that folder in it would else
+        // show the new root, and the hidden folder around upper and work with it.
+        let volumes = sources.volumes.iter().map(Tree::of_volume).collect::<Result<Vec<_>, _>>()?;
         let root = mount_root().map_err(step("mount the share root"))?;
         for dir in ["share", "share/lower", "vol", "top", "proc"] {
             make_dir(&root, dir)?;
@@ -119,17 +122,17 @@ impl ShareRoot {
             writable: Vec::new(),
         };
         for (index, lower) in sources.lowers.iter().enumerate() {
-            built.bind(&format!("share/lower/{index}"), lower, Access::ReadOnly, Reach::One)?;
+            built.bind(&format!("share/lower/{index}"), &Tree::of(lower, Access::ReadOnly, Reach::One)?)?;
         }
         match &sources.top {
             TopSource::None => {}
             TopSource::Overlay(overlay) => built.mount_overlay(overlay)?,
             TopSource::Folder { source, read_only } => {
-                built.bind("share/root", source, Access::read_only(*read_only), Reach::One)?;
+                built.bind("share/root", &Tree::of(source, Access::read_only(*read_only), Reach::One)?)?;
             }
         }
-        for (index, volume) in sources.volumes.iter().enumerate() {
-            built.mount_volume(index, volume)?;
+        for (index, volume) in volumes.iter().enumerate() {
+            built.bind(&format!("vol/{index}"), volume)?;
         }
         if built.has_volumes {
             make_dir(&built.root, "share/vol")?;
@@ -138,7 +141,7 @@ impl ShareRoot {
     }
 
     fn mount_overlay(&mut self, overlay: &OverlaySource) -> Result<(), MountError> {
-        self.bind("top", &overlay.parent, Access::Write, Reach::One)?;
+        self.bind("top", &Tree::of(&overlay.parent, Access::Write, Reach::One)?)?;
         for (below, name) in [(&overlay.upper, "share/upper"), (&overlay.work, "share/work")] {
             self.check_one_mount(&overlay.parent, below)?;
             make_dir(&self.root, name)?;
@@ -159,29 +162,15 @@ impl ShareRoot {
         if id == below.source.id { Ok(()) } else { Err(other()) }
     }
 
-    fn mount_volume(&mut self, index: usize, volume: &VolumeSource) -> Result<(), MountError> {
-        let reach = if volume.recursive { Reach::All } else { Reach::One };
-        self.bind(&format!("vol/{index}"), &volume.source, Access::read_only(volume.read_only), reach)
-    }
-
-    fn bind(
-        &mut self,
-        target: &str,
-        source: &Source,
-        access: Access,
-        reach: Reach,
-    ) -> Result<(), MountError> {
-        let fail = |cause: io::Error| MountError::Bind { path: source.path.clone(), cause };
-        if source.is_dir {
+    fn bind(&mut self, target: &str, tree: &Tree<'_>) -> Result<(), MountError> {
+        if tree.source.is_dir {
             make_dir_if_missing(&self.root, target)?;
         } else {
             make_file(&self.root, target)?;
         }
-        let tree = clone_tree(source, reach).map_err(fail)?;
-        mount_setattr(&tree, reach, HARDENED | access.flag()).map_err(fail)?;
-        attach(&tree, &self.root, target).map_err(fail)?;
-        if access == Access::Write {
-            self.keep_for_sync(target).map_err(fail)?;
+        attach(&tree.mount, &self.root, target).map_err(|cause| tree.source.cannot_bind(cause))?;
+        if tree.access == Access::Write {
+            self.keep_for_sync(target).map_err(|cause| tree.source.cannot_bind(cause))?;
         }
         Ok(())
     }
@@ -218,6 +207,32 @@ impl ShareRoot {
 impl AsFd for ShareRoot {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.root.as_fd()
+    }
+}
+
+/// A copy of what is mounted at a source, hardened and not attached anywhere yet.
+struct Tree<'a> {
+    source: &'a Source,
+    mount: OwnedFd,
+    access: Access,
+}
+
+impl<'a> Tree<'a> {
+    fn of(source: &'a Source, access: Access, reach: Reach) -> Result<Self, MountError> {
+        let mount = clone_tree(source, reach).map_err(|cause| source.cannot_bind(cause))?;
+        mount_setattr(&mount, reach, HARDENED | access.flag()).map_err(|cause| source.cannot_bind(cause))?;
+        Ok(Self { source, mount, access })
+    }
+
+    fn of_volume(volume: &'a VolumeSource) -> Result<Self, MountError> {
+        let reach = if volume.recursive { Reach::All } else { Reach::One };
+        Self::of(&volume.source, Access::read_only(volume.read_only), reach)
+    }
+}
+
+impl Source {
+    fn cannot_bind(&self, cause: io::Error) -> MountError {
+        MountError::Bind { path: self.path.clone(), cause }
     }
 }
 

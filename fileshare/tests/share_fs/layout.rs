@@ -114,6 +114,23 @@ fn recursion_takes_nested_mounts_along_and_makes_them_read_only_too() {
     });
 }
 
+/// The share root is put together over a folder of the host before it is entered.
+#[test]
+fn a_volume_does_not_show_the_share_root_in_the_making() {
+    let host = Host::new();
+    let volume = |source: &str| Volume { source: source.into(), read_only: true, recursive: true };
+    let spec = ShareSpec { volumes: vec![volume("/proc"), volume("/")], ..host.spec() };
+    host.share_spec(&spec, |guest| {
+        for folder in ["vol/0", "vol/1/proc"] {
+            let folder = guest.inode(folder);
+            assert_ne!(guest.lookup(folder, c"uptime").unwrap().inode, 0);
+            for name in [c"top", c"share"] {
+                assert_errno(guest.lookup(folder, name), libc::ENOENT);
+            }
+        }
+    });
+}
+
 #[test]
 fn volumes_are_as_writable_as_asked_for() {
     let host = Host::new();

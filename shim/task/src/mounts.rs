@@ -91,12 +91,12 @@ pub enum MountError {
         "Annotation io.vmctr.upper-dir needs a plain root folder (ctr run --rootfs), but this root is a snapshot that keeps its changes itself"
     )]
     UpperDirOnUnion,
-    /// The upper lies in the lower or around it.
-    #[error("Annotation io.vmctr.upper-dir: {} and the root folder {} lie within each other", upper.display(), lower.display())]
-    UpperDirOverlaps {
+    /// The upper lies in a lower or around it.
+    #[error("Upper folder {} and lower folder {} lie within each other", upper.display(), lower.display())]
+    Overlap {
         /// The upper.
         upper: PathBuf,
-        /// The root folder.
+        /// The lower.
         lower: PathBuf,
     },
 }
@@ -219,16 +219,13 @@ fn apply(base: RootPlan, choice: &UpperChoice) -> Result<RootPlan, MountError> {
             Ok(RootPlan::Union { lowers, upper: Upper::Guest })
         }
         (UpperChoice::HostDir(_), RootPlan::Union { .. }) => Err(MountError::UpperDirOnUnion),
-        (UpperChoice::HostDir(dir), RootPlan::Folder { path, .. }) => over_folder(path, dir),
+        (UpperChoice::HostDir(dir), RootPlan::Folder { path, .. }) => Ok(over_folder(path, dir)),
     }
 }
 
-fn over_folder(lower: PathBuf, upper: &Path) -> Result<RootPlan, MountError> {
-    if upper.starts_with(&lower) || lower.starts_with(upper) {
-        return Err(MountError::UpperDirOverlaps { upper: upper.to_owned(), lower });
-    }
+fn over_folder(lower: PathBuf, upper: &Path) -> RootPlan {
     let work = work_dir(upper);
-    Ok(RootPlan::Union { lowers: vec![lower], upper: Upper::Host { upper: upper.to_owned(), work } })
+    RootPlan::Union { lowers: vec![lower], upper: Upper::Host { upper: upper.to_owned(), work } }
 }
 
 /// The hidden sibling that overlayfs works in: on the same file system as the upper.
@@ -248,12 +245,27 @@ impl RootPlan {
             Self::Union { lowers, upper } => {
                 lowers.iter().try_for_each(|lower| check_folder(lower))?;
                 match upper {
-                    Upper::Host { upper, .. } => check_folder(upper),
+                    Upper::Host { upper, .. } => {
+                        check_folder(upper)?;
+                        lowers.iter().try_for_each(|lower| check_apart(lower, upper))
+                    }
                     Upper::None | Upper::Guest => Ok(()),
                 }
             }
         }
     }
+}
+
+/// By what the paths lead to: neither a link nor `..` hides that changes would go into the layer itself.
+fn check_apart(lower: &Path, upper: &Path) -> Result<(), MountError> {
+    let real = |path: &Path| {
+        path.canonicalize().map_err(|source| MountError::Folder { path: path.to_owned(), source })
+    };
+    let (real_lower, real_upper) = (real(lower)?, real(upper)?);
+    if real_upper.starts_with(&real_lower) || real_lower.starts_with(&real_upper) {
+        return Err(MountError::Overlap { upper: upper.to_owned(), lower: lower.to_owned() });
+    }
+    Ok(())
 }
 
 fn check_folder(path: &Path) -> Result<(), MountError> {
@@ -338,11 +350,23 @@ mod tests {
         let want = RootPlan::Union { lowers: paths(&["/root"]), upper };
         assert_eq!(plan(&[], Some(Path::new("/root")), &dir).unwrap(), want);
         assert!(matches!(plan_one(snapshot(), &dir), Err(MountError::UpperDirOnUnion)));
-        for overlapping in ["/root", "/root/new", "/"] {
-            let dir = UpperChoice::HostDir(overlapping.into());
-            let refused = plan(&[], Some(Path::new("/root")), &dir);
-            assert!(matches!(refused, Err(MountError::UpperDirOverlaps { .. })), "{overlapping}");
+    }
+
+    #[test]
+    fn changes_do_not_go_into_the_layer() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::create_dir_all(at("root/inner")).unwrap();
+        fs::create_dir(at("new")).unwrap();
+        std::os::unix::fs::symlink(at("root/inner"), at("link")).unwrap();
+        let check =
+            |upper: PathBuf| plan(&[], Some(&at("root")), &UpperChoice::HostDir(upper)).unwrap().check();
+        check(at("new")).unwrap();
+        check(at("root/../new")).unwrap();
+        for overlapping in ["root", "root/inner", "new/../root/inner", "link"] {
+            assert!(matches!(check(at(overlapping)), Err(MountError::Overlap { .. })), "{overlapping}");
         }
+        assert!(matches!(check(dir.path().to_owned()), Err(MountError::Overlap { .. })));
     }
 
     #[test]

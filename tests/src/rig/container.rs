@@ -12,6 +12,7 @@ use super::command::{self, Output, Running, TIME_LIMIT, eventually};
 /// A `ctr run` in the making.
 pub struct Run<'rig> {
     rig: &'rig Rig,
+    runtime: &'static str,
     id: String,
     flags: Vec<OsString>,
     root: Option<OsString>,
@@ -20,16 +21,27 @@ pub struct Run<'rig> {
 
 impl<'rig> Run<'rig> {
     pub(super) fn from_image(rig: &'rig Rig, id: String, image: &str) -> Self {
-        Self { rig, id, flags: Vec::new(), root: Some(image.into()), args: Vec::new() }
+        Self::with(rig, id, Vec::new(), Some(image.into()))
     }
 
     pub(super) fn from_folder(rig: &'rig Rig, id: String, root: &Path) -> Self {
-        Self { rig, id, flags: vec!["--rootfs".into()], root: Some(root.into()), args: Vec::new() }
+        Self::with(rig, id, vec!["--rootfs".into()], Some(root.into()))
     }
 
     /// `ctr` then takes neither an image nor arguments: the specification says all.
     pub(super) fn from_spec(rig: &'rig Rig, id: String, spec: &Path) -> Self {
-        Self { rig, id, flags: vec!["--config".into(), spec.into()], root: None, args: Vec::new() }
+        Self::with(rig, id, vec!["--config".into(), spec.into()], None)
+    }
+
+    fn with(rig: &'rig Rig, id: String, flags: Vec<OsString>, root: Option<OsString>) -> Self {
+        Self { rig, runtime: rig.runtime(), id, flags, root, args: Vec::new() }
+    }
+
+    /// Runs it under another runtime than the rig's.
+    #[must_use]
+    pub fn under(mut self, runtime: &'static str) -> Self {
+        self.runtime = runtime;
+        self
     }
 
     /// The container's ID.
@@ -83,7 +95,7 @@ impl<'rig> Run<'rig> {
 
     fn command_with(&self, mode: &[&str]) -> Command {
         let mut ctr = self.rig.ctr();
-        ctr.args(["run", "--runtime", self.rig.runtime()]).args(mode).args(&self.flags);
+        ctr.args(["run", "--runtime", self.runtime]).args(mode).args(&self.flags);
         ctr.args(&self.root).arg(&self.id).args(&self.args);
         ctr
     }
@@ -91,7 +103,7 @@ impl<'rig> Run<'rig> {
     /// Makes the container without a task.
     pub fn create(&self) -> Output {
         let mut ctr = self.rig.ctr();
-        ctr.args(["container", "create", "--runtime", self.rig.runtime()]).args(&self.flags);
+        ctr.args(["container", "create", "--runtime", self.runtime]).args(&self.flags);
         ctr.args(&self.root).arg(&self.id).args(&self.args);
         command::run(&mut ctr)
     }

@@ -26,6 +26,24 @@ const DISABLED: [&str; 6] = [
     "io.containerd.snapshotter.v1.zfs",
 ];
 
+/// What containerd and its shims log.
+#[derive(Clone, Copy, Debug)]
+pub enum LogLevel {
+    /// All that may explain a failure.
+    Debug,
+    /// As in use: logging more takes time.
+    Info,
+}
+
+impl LogLevel {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Debug => "debug",
+            Self::Info => "info",
+        }
+    }
+}
+
 /// A containerd of the test's own.
 pub struct Containerd {
     folder: PathBuf,
@@ -35,11 +53,11 @@ pub struct Containerd {
 }
 
 impl Containerd {
-    /// Writes the configuration and starts the daemon. Shims get the environment, too.
-    pub fn start(scope: &Scope, environment: Vec<(OsString, OsString)>) -> Self {
+    /// Writes the configuration and starts the daemon. Shims get the level and the environment, too.
+    pub fn start(scope: &Scope, level: LogLevel, environment: Vec<(OsString, OsString)>) -> Self {
         let folder = scope.folder().join("c");
         fs::create_dir(&folder).expect("the test's folder is writable");
-        fs::write(folder.join("config.toml"), config(&folder)).expect("the test's folder is writable");
+        fs::write(folder.join("config.toml"), config(&folder, level)).expect("the test's folder is writable");
         let mut daemon = Self { folder, cgroup_procs: scope.cgroup_procs(), environment, child: None };
         daemon.launch();
         daemon
@@ -48,6 +66,11 @@ impl Containerd {
     /// Its socket.
     pub fn address(&self) -> PathBuf {
         self.folder.join("sock")
+    }
+
+    /// Folder with its content and snapshots.
+    pub fn root(&self) -> PathBuf {
+        self.folder.join("root")
     }
 
     /// Folder of a task's bundle.
@@ -121,14 +144,15 @@ impl Drop for Containerd {
     }
 }
 
-fn config(folder: &Path) -> String {
+fn config(folder: &Path, level: LogLevel) -> String {
     let at = |name: &str| format!("{:?}", folder.join(name));
     format!(
         "version = 2\nroot = {}\nstate = {}\ndisabled_plugins = {DISABLED:?}\n\
-         [grpc]\naddress = {}\n[ttrpc]\naddress = {}\n[debug]\nlevel = \"debug\"\n",
+         [grpc]\naddress = {}\n[ttrpc]\naddress = {}\n[debug]\nlevel = {:?}\n",
         at("root"),
         at("state"),
         at("sock"),
-        at("ttrpc")
+        at("ttrpc"),
+        level.as_str()
     )
 }

@@ -17,6 +17,7 @@ pub mod container;
 pub mod containerd;
 pub mod events;
 pub mod image;
+pub mod interrupt;
 pub mod prerequisites;
 pub mod proc;
 pub mod scope;
@@ -33,7 +34,7 @@ use std::process::Command;
 
 use command::Output;
 use container::{Container, Run};
-use containerd::Containerd;
+use containerd::{Containerd, LogLevel};
 use scope::{Scope, shim_socket};
 use serde_json::{Value, json};
 use slots::Slot;
@@ -72,14 +73,23 @@ impl Rig {
     pub fn vmctr_booting(config: &str, guest_dir: &Path) -> Self {
         prerequisites::binary("containerd-shim-vmctr-v2");
         let environment = |config_file: &Path| environment(config_file, guest_dir);
-        let rig = Self::start(VMCTR, config, environment);
+        let rig = Self::start(VMCTR, config, LogLevel::Debug, environment);
         rig.import_busybox(&[]);
         rig
     }
 
     /// A rig whose containers run under runc, and the busybox image.
     pub fn runc() -> Self {
-        let rig = Self::start(RUNC, "", |_| Vec::new());
+        let rig = Self::start(RUNC, "", LogLevel::Debug, |_| Vec::new());
+        rig.import_busybox(&[]);
+        rig
+    }
+
+    /// A rig for measuring: as [`Rig::vmctr`], but it logs no more than in use.
+    pub fn measuring() -> Self {
+        let guest_dir = prerequisites::guest_dir();
+        prerequisites::binary("containerd-shim-vmctr-v2");
+        let rig = Self::start(VMCTR, "", LogLevel::Info, |config| environment(config, &guest_dir));
         rig.import_busybox(&[]);
         rig
     }
@@ -87,6 +97,7 @@ impl Rig {
     fn start(
         runtime: &'static str,
         config: &str,
+        level: LogLevel,
         environment: impl FnOnce(&Path) -> Vec<(OsString, OsString)>,
     ) -> Self {
         prerequisites::root();
@@ -96,7 +107,7 @@ impl Rig {
         let config_file = scope.folder().join("vmctr.toml");
         let text = format!("run_dir = {:?}\n{config}", run_dir(&scope));
         fs::write(&config_file, text).expect("the test's folder is writable");
-        let daemon = Containerd::start(&scope, environment(&config_file));
+        let daemon = Containerd::start(&scope, level, environment(&config_file));
         Self { runtime, ids: RefCell::default(), daemon, scope, _slot: slot }
     }
 
@@ -256,6 +267,10 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
+        if interrupt::happened() {
+            self.forget_sockets();
+            return;
+        }
         if std::thread::panicking() {
             eprintln!("-- end of containerd's log\n{}", tail(&self.daemon.log(), 60));
             self.forget_sockets();

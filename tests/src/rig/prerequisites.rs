@@ -21,7 +21,7 @@ pub fn guest_dir() -> PathBuf {
 pub fn debian_image() -> PathBuf {
     let default = || workspace().join("target/images/debian.tar");
     let path = env::var_os("VMCTR_TEST_IMAGE").map_or_else(default, PathBuf::from);
-    assert!(path.is_file(), "no image archive at {}; `make image` builds it", path.display());
+    assert!(path.is_file(), "no image archive; `scripts/demo-image {}` builds it", path.display());
     path
 }
 

@@ -1,6 +1,7 @@
 //! /proc as the tests read it.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// All processes.
@@ -92,6 +93,42 @@ pub fn rollup(pid: u32, name: &str) -> Option<u64> {
     Some(kib * 1024)
 }
 
+/// Proportional set size in bytes without memory files, which is what a VM's RAM is.
+pub fn pss_beside_memfds(pid: u32) -> Option<u64> {
+    Some(pss_without(&fs::read_to_string(of(pid).join("smaps")).ok()?, MEMFD))
+}
+
+/// Bytes that a process's memory files really take.
+pub fn memfd_bytes(pid: u32) -> u64 {
+    const BLOCK: u64 = 512;
+    let files = fs::read_dir(of(pid).join("fd")).into_iter().flatten().flatten().map(|entry| entry.path());
+    let memfds =
+        files.filter(|file| fs::read_link(file).is_ok_and(|path| path.to_string_lossy().starts_with(MEMFD)));
+    memfds.filter_map(|file| fs::metadata(file).ok()).map(|meta| meta.blocks() * BLOCK).sum()
+}
+
+/// How the kernel names memory files in smaps and in links to them.
+const MEMFD: &str = "/memfd:";
+
+/// From smaps: a line for each mapping, its figures below it.
+fn pss_without(smaps: &str, prefix: &str) -> u64 {
+    let (mut sum, mut counts) = (0, true);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        match words.next() {
+            Some("Pss:") if counts => {
+                sum += words.next().and_then(|kib| kib.parse().ok()).unwrap_or(0) * 1024
+            }
+            // 7f00-7fff rw-s 00000000 00:01 1034 /memfd:name (deleted)
+            Some(word) if !word.ends_with(':') => {
+                counts = !words.nth(4).is_some_and(|name| name.starts_with(prefix));
+            }
+            _ => {}
+        }
+    }
+    sum
+}
+
 /// Open file descriptors of a process.
 pub fn open_files(pid: u32) -> usize {
     fs::read_dir(of(pid).join("fd")).map(Iterator::count).unwrap_or_default()
@@ -118,6 +155,18 @@ mod tests {
             ("/mnt1", "/mnt2", "ext3")
         );
         assert!(mount.has("noatime") && !mount.has("ro"));
+    }
+
+    #[test]
+    fn memory_files_are_not_counted() {
+        let smaps = "7f0000000000-7f0000001000 rw-p 00000000 00:00 0 \nRss: 9 kB\nPss:   3 kB\nSwapPss: 7 kB\n\
+                     7f0000002000-7f0000003000 rw-s 00000000 00:01 77                        /memfd:ram (deleted)\n\
+                     Pss:  500 kB\nVmFlags: rd wr\n\
+                     7f0000004000-7f0000005000 r--p 00000000 fe:00 88                        /usr/bin/x y\nPss: 2 kB\n";
+        assert_eq!(pss_without(smaps, MEMFD), 5 * 1024);
+        let me = std::process::id();
+        assert!(pss_beside_memfds(me).unwrap() > 0);
+        assert_eq!(memfd_bytes(me), 0);
     }
 
     #[test]

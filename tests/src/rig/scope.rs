@@ -85,9 +85,7 @@ impl Scope {
 
     /// Processes in the test's cgroup, and any other that mentions the tag.
     pub fn processes(&self) -> Vec<u32> {
-        let me = std::process::id();
-        let belongs = |pid: &u32| *pid != me && proc::mentions(*pid, &self.tag);
-        proc::all().into_iter().filter(belongs).collect()
+        processes(&self.tag)
     }
 
     fn mounts(&self) -> Vec<PathBuf> {
@@ -113,11 +111,7 @@ impl Scope {
     /// Ends and removes whatever carries the tag.
     pub fn wipe(&self) {
         let deadline = Instant::now() + PATIENCE;
-        while !self.processes().is_empty() && Instant::now() < deadline {
-            for pid in self.processes() {
-                // It may have ended meanwhile.
-                let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
-            }
+        while kill_all(&self.tag) && Instant::now() < deadline {
             thread::sleep(POLL);
         }
         for mount in self.mounts().iter().rev() {
@@ -138,8 +132,28 @@ impl Default for Scope {
 impl Drop for Scope {
     fn drop(&mut self) {
         self.wipe();
-        let _ = fs::remove_dir(&self.cgroup);
+        // Busy while what was killed is still ending.
+        let deadline = Instant::now() + PATIENCE;
+        while fs::remove_dir(&self.cgroup).is_err() && self.cgroup.exists() && Instant::now() < deadline {
+            thread::sleep(POLL);
+        }
     }
+}
+
+fn processes(tag: &str) -> Vec<u32> {
+    let me = std::process::id();
+    let belongs = |pid: &u32| *pid != me && proc::mentions(*pid, tag);
+    proc::all().into_iter().filter(belongs).collect()
+}
+
+/// Kills every process that carries a test's tag; whether there was one.
+pub fn kill_all(tag: &str) -> bool {
+    let found = processes(tag);
+    for pid in &found {
+        // It may have ended meanwhile.
+        let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
+    }
+    !found.is_empty()
 }
 
 /// The socket that containerd and a shim agree on for a container.

@@ -17,7 +17,7 @@ use std::path::Path;
 use super::payload::Payload;
 use super::report::Reporter;
 use super::seccomp::Confinement;
-use super::{Job, ROOT_FILE, STATE_DIR, console_socket, container_dir};
+use super::{Job, ROOT_FILE, STATE_DIR, console_socket, container_dir, mount_points};
 use crate::rootfs::{self, ROOTFS, RootPlan};
 
 /// Builds the container whose directory PID 1 has filled; returns its init process.
@@ -26,6 +26,7 @@ pub fn create(job: &Job, reporter: Reporter) -> anyhow::Result<Pid> {
     let root = fs::read(dir.join(ROOT_FILE)).context(ROOT_FILE)?;
     let plan = RootPlan::parse(Some(&vmctr_proto::agent::Root::decode(root.as_slice())?))?;
     rootfs::build(&plan, &dir).context("building the root file system")?;
+    mount_points::settle(&dir)?;
     make_working_directory(&dir)?;
     super::leave_agents_protection()?;
     let container = ContainerBuilder::new(job.container.clone(), SyscallType::default())

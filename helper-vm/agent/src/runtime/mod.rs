@@ -13,6 +13,7 @@
 mod create;
 mod exec;
 mod log;
+mod mount_points;
 mod payload;
 pub mod report;
 mod seccomp;

@@ -146,5 +146,6 @@ async fn prepare(
         .await?;
     let io = endpoints.start(streams).map_err(|error| TaskError::internal("Cannot start", &error))?;
     container.insert(String::new(), Task::init(names, io));
+    container.prepared();
     Ok(())
 }

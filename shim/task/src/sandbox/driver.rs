@@ -1,7 +1,12 @@
 //! The task that owns the container. It does one thing at a time: a request, an event of the guest, the VM's
 //! end. Each has a time limit, so the next one's turn comes.
+//!
+//! Creating and deleting take seconds. Meanwhile there is no container, and whoever asks for it is told so at
+//! once: containerd waits but two seconds for a state, and lists no container while it waits.
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +22,7 @@ use super::container::Container;
 use super::create::{CreateRequest, create};
 use super::guest_events::GuestEvent;
 use super::inspect::{self, inspect};
-use super::request::{ContainerRequest, Deleted, Handle, Request, no_container};
+use super::request::{ContainerRequest, Deleted, Handle, QUEUE, Request, no_container};
 use crate::control;
 use crate::error::{Result, TaskError};
 use crate::events::Publisher;
@@ -48,7 +53,8 @@ impl Identity {
 /// Starts the driver. It ends after a shutdown request, or when it is told to terminate.
 pub fn spawn(identity: Identity) -> (Handle, JoinHandle<()>) {
     let (handle, requests) = Handle::new();
-    let driver = Driver { identity, handle: handle.clone(), requests, live: None };
+    let driver =
+        Driver { identity, handle: handle.clone(), requests, postponed: VecDeque::new(), live: None };
     (handle, tokio::spawn(driver.run().in_current_span()))
 }
 
@@ -57,6 +63,8 @@ struct Driver {
     /// For the control service.
     handle: Handle,
     requests: mpsc::Receiver<Request>,
+    /// Came while there was no container yet or no more, and can wait.
+    postponed: VecDeque<Request>,
     live: Option<Live>,
 }
 
@@ -104,6 +112,9 @@ impl Driver {
 
     /// Fair: a guest that floods the host with events does not keep containerd from being heard.
     async fn next(&mut self) -> Step {
+        if let Some(request) = self.postponed.pop_front() {
+            return Step::Request(request);
+        }
         let Some(live) = &mut self.live else {
             return self.requests.recv().await.map_or(Step::End, Step::Request);
         };
@@ -147,7 +158,9 @@ impl Driver {
             )));
         }
         let told = task_create(&self.identity, &request);
-        let (container, events) = create(&self.identity, request).await.inspect_err(|error| {
+        let identity = self.identity.clone();
+        let created = self.without_container(create(&identity, request)).await;
+        let (container, events) = created.inspect_err(|error| {
             error!("Cannot create the container: {error}");
         })?;
         let pid = container.pid();
@@ -169,7 +182,22 @@ impl Driver {
             self.live = Some(live);
             return Err(error);
         }
-        live.container.delete().await
+        self.without_container(live.container.delete()).await
+    }
+
+    /// Does what takes its time while there is no container to ask.
+    async fn without_container<T>(&mut self, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                Some(request) = self.requests.recv(), if self.postponed.len() < QUEUE => match request {
+                    // A dropped answer says that there is no container.
+                    Request::Container(_) => {}
+                    other => self.postponed.push_back(other),
+                },
+            }
+        }
     }
 }
 
@@ -266,5 +294,48 @@ fn task_create(identity: &Identity, request: &CreateRequest) -> TaskCreate {
         rootfs: request.rootfs.clone(),
         io: Some(io).into(),
         ..TaskCreate::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::events;
+
+    const LIMIT: Duration = Duration::from_secs(20);
+
+    fn driver() -> (Handle, Driver) {
+        let identity = Identity {
+            namespace: "ns".into(),
+            container_id: "c1".into(),
+            config: Arc::new(Config::default()),
+            publisher: events::spawn("/nonexistent/ttrpc", "ns").0,
+        };
+        let (handle, requests) = Handle::new();
+        let postponed = VecDeque::new();
+        (handle.clone(), Driver { identity, handle, requests, postponed, live: None })
+    }
+
+    #[tokio::test]
+    async fn who_asks_for_a_container_in_the_making_is_told_at_once() {
+        let (handle, mut driver) = driver();
+        let (finish, finished) = oneshot::channel::<()>();
+        let other = handle.clone();
+        let shutdown = tokio::spawn(async move { other.ask(Request::Shutdown).await });
+        let asking = tokio::spawn(async move {
+            let state = handle.ask_container(|answer| ContainerRequest::State(String::new(), answer));
+            let answer = timeout(LIMIT, state).await;
+            drop(finish);
+            answer
+        });
+        let _ = driver.without_container(finished).await;
+        let error = asking.await.unwrap().expect("an answer before the end of the work").unwrap_err();
+        assert!(matches!(error, TaskError::NotFound(_)), "{error}");
+        // What can wait is done afterwards.
+        timeout(LIMIT, driver.run()).await.expect("the shutdown request ends the driver");
+        shutdown.await.unwrap().unwrap();
     }
 }

@@ -10,6 +10,7 @@ use super::container::Container;
 use super::request::no_container;
 use super::session::Session;
 use super::share::describe;
+use super::steps::Steps;
 use crate::error::{Result, TaskError};
 
 /// What the driver knows.
@@ -24,12 +25,12 @@ pub fn facts(container: &Container) -> InspectReply {
         ..InspectReply::default()
     };
     if let Some(session) = container.session() {
-        vm_facts(&mut reply, session);
+        vm_facts(&mut reply, session, container.steps());
     }
     reply
 }
 
-fn vm_facts(reply: &mut InspectReply, session: &Session) {
+fn vm_facts(reply: &mut InspectReply, session: &Session, steps: &Steps) {
     let vm = session.vm();
     reply.vm_state = vm.state().borrow().to_string();
     reply.accelerator = vm.accelerator().to_string();
@@ -41,8 +42,8 @@ fn vm_facts(reply: &mut InspectReply, session: &Session) {
     reply.agent_version = vm.hello().agent_version.clone();
     reply.qemu_version = session.qemu().version().to_string();
     reply.shares = describe(session.share_spec());
-    reply.phases = session
-        .steps()
+    reply.phases = steps
+        .done()
         .iter()
         .map(|step| Phase {
             name: step.name.to_owned(),

@@ -18,6 +18,7 @@ mod request;
 mod session;
 mod share;
 mod share_daemon;
+mod steps;
 mod task;
 mod work_dir;
 

@@ -11,7 +11,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::pin::pin;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
@@ -33,6 +33,7 @@ use vmctr_vmm::vsock::VsockHost;
 use super::agent::{AgentLink, CallError, EndSignal};
 use super::guest_events::{self, GuestEvent};
 use super::share_daemon::{ShareDaemon, ShareError};
+use super::steps::{Step, Steps};
 use super::work_dir::{WorkDir, WorkDirError};
 use crate::stdio::Streams;
 
@@ -87,15 +88,6 @@ pub enum SessionError {
     Blocking(#[source] io::Error),
 }
 
-/// How long a part of the start took.
-#[derive(Clone, Copy, Debug)]
-pub struct Step {
-    /// "share", "spawn", "boot", ...
-    pub name: &'static str,
-    /// Its duration.
-    pub duration: Duration,
-}
-
 /// A VM in use.
 #[derive(Debug)]
 pub struct Session {
@@ -109,7 +101,7 @@ pub struct Session {
     end: EndSignal,
     qemu: Qemu,
     guest_kernel: String,
-    steps: Vec<Step>,
+    steps: Steps,
     last_stream: u64,
     watch: AbortHandle,
 }
@@ -171,16 +163,15 @@ impl Session {
             end,
             qemu,
             guest_kernel,
-            steps: vec![],
+            steps,
             last_stream: 0,
             watch,
         };
         if let Err(error) = session.mount_share().await {
-            session.stop().await;
+            session.stop(&mut Steps::begin()).await;
             return Err(error.into());
         }
-        steps.end("mount");
-        session.steps = steps.done;
+        session.steps.end("mount");
         Ok(session)
     }
 
@@ -258,28 +249,36 @@ impl Session {
     }
 
     /// The parts of the start, in order.
-    pub fn steps(&self) -> &[Step] {
+    pub fn steps(&self) -> &Steps {
         &self.steps
     }
 
-    /// Ends the VM and the share daemon and removes their files. What fails is logged: there is nobody left
-    /// who could do better.
-    pub async fn stop(self) {
+    /// Ends the VM and the share daemon and removes their files; what that took is added to `steps`. What fails
+    /// is logged: there is nobody left who could do better.
+    pub async fn stop(self, steps: &mut Steps) {
         self.watch.abort();
         self.end.set("The container was deleted".to_owned());
         if let Err(error) = self.vm.stop().await {
             tracing::error!("Cannot stop the VM: {}", crate::error::chain(&error));
         }
+        steps.end("vm");
         let Self { share, run_dir, work_dir, .. } = self;
         let stopped = spawn_blocking(move || {
+            let mut steps = Steps::begin();
             if let Err(error) = share.stop() {
                 tracing::error!("Cannot stop the share daemon: {error}");
             }
+            steps.end("share");
             drop(work_dir);
-            run_dir.remove()
+            let removed = run_dir.remove();
+            steps.end("files");
+            (steps, removed)
         });
-        if let Ok(Err(error)) = stopped.await {
-            tracing::error!("{}", crate::error::chain(&error));
+        if let Ok((stopped, removed)) = stopped.await {
+            steps.add(stopped.done().iter().copied());
+            if let Err(error) = removed {
+                tracing::error!("{}", crate::error::chain(&error));
+            }
         }
     }
 }
@@ -353,27 +352,5 @@ impl Drop for RemoveOnDrop {
         {
             tracing::error!("{}", crate::error::chain(&error));
         }
-    }
-}
-
-/// Cuts the start's time into steps.
-struct Steps {
-    done: Vec<Step>,
-    since: Instant,
-}
-
-impl Steps {
-    fn begin() -> Self {
-        Self { done: vec![], since: Instant::now() }
-    }
-
-    fn end(&mut self, name: &'static str) {
-        self.done.push(Step { name, duration: self.since.elapsed() });
-        self.since = Instant::now();
-    }
-
-    fn add(&mut self, steps: impl Iterator<Item = Step>) {
-        self.done.extend(steps);
-        self.since = Instant::now();
     }
 }

@@ -13,6 +13,7 @@ use crate::hooks::{self, Moment};
 use crate::sandbox::guest_events::GuestEvent;
 use crate::sandbox::process::{Exit, Phase};
 use crate::sandbox::request::Deleted;
+use crate::sandbox::steps::Steps;
 use crate::stdio::{self, ProcessIo};
 
 /// Killing what is left of a container and unmounting its root.
@@ -73,13 +74,13 @@ impl Container {
     /// The VM is over, or is to be: whoever lived in it has been killed.
     pub async fn vm_ended(&mut self, reason: &str) {
         error!("The VM has ended: {reason}");
-        self.stop_session().await;
+        self.stop_session(&mut Steps::begin()).await;
     }
 
     /// Ends the VM. Nobody outlives it.
-    async fn stop_session(&mut self) {
+    async fn stop_session(&mut self, steps: &mut Steps) {
         if let Some(session) = self.session.take() {
-            session.stop().await;
+            session.stop(steps).await;
         }
         self.kill_deadline = None;
         let mut live: Vec<_> =
@@ -123,8 +124,10 @@ impl Container {
 
     /// Ends everything in the reverse order of its making and tells containerd.
     pub async fn delete(mut self) -> Result<Deleted> {
-        self.close_guest().await;
-        self.stop_session().await;
+        let mut steps = Steps::begin();
+        self.close_guest(&mut steps).await;
+        self.stop_session(&mut steps).await;
+        info!(%steps, "Container deleted");
         hooks::run_all(&self.hooks, Moment::PostStop, &self.hook_state("stopped")).await;
         let deleted = deleted(self.init()?, self.pid);
         self.identity.publisher.publish(TaskDelete {
@@ -138,7 +141,7 @@ impl Container {
     }
 
     /// The root is unmounted and what was written last is on the host before the VM goes.
-    async fn close_guest(&self) {
+    async fn close_guest(&self, steps: &mut Steps) {
         let Some(session) = &self.session else { return };
         let process = self.process_ref("");
         let deleted = session
@@ -152,24 +155,27 @@ impl Container {
         if let Err(error) = deleted {
             warn!("{error}");
         }
+        steps.end("close");
         if let Err(error) = self.flush().await {
             error!("Changes may be lost: {error}");
         }
+        steps.end("flush");
     }
 
     /// A create that failed: nothing of it stays, containerd has not heard of it.
     pub async fn abandon(mut self) {
         if let Some(session) = self.session.take() {
-            session.stop().await;
+            session.stop(&mut Steps::begin()).await;
         }
         hooks::run_all(&self.hooks, Moment::PostStop, &self.hook_state("stopped")).await;
     }
 
     /// The shim is told to end: the VM goes; containerd reports the container's end itself when the shim is gone.
     pub async fn terminate(mut self) {
-        self.close_guest().await;
+        let mut steps = Steps::begin();
+        self.close_guest(&mut steps).await;
         if let Some(session) = self.session.take() {
-            session.stop().await;
+            session.stop(&mut steps).await;
         }
     }
 }

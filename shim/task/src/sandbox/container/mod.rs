@@ -24,6 +24,7 @@ use super::driver::Identity;
 use super::process::{Exit, Phase};
 use super::request::{Deleted, StateReply, no_container};
 use super::session::Session;
+use super::steps::Steps;
 use super::task::Task;
 use crate::error::{Result, TaskError};
 use crate::hooks::State;
@@ -45,6 +46,8 @@ pub struct Container {
     tasks: BTreeMap<String, Task>,
     hooks: Hooks,
     state: State,
+    /// Of its start.
+    steps: Steps,
     kill_deadline: Option<Instant>,
     last_oom: Option<Instant>,
     held: Option<Held>,
@@ -56,6 +59,7 @@ impl Container {
         Self {
             identity: identity.clone(),
             pid: session.pid(),
+            steps: session.steps().clone(),
             session: Some(session),
             tasks: BTreeMap::new(),
             hooks,
@@ -110,6 +114,16 @@ impl Container {
     /// The VM, for those who cannot do without.
     pub fn session_mut(&mut self) -> Result<&mut Session> {
         self.session.as_mut().ok_or_else(vm_gone)
+    }
+
+    /// The parts of its start, in order.
+    pub fn steps(&self) -> &Steps {
+        &self.steps
+    }
+
+    /// It is prepared, which was the last part's doing.
+    pub fn prepared(&mut self) {
+        self.steps.end("create");
     }
 
     /// When a SIGKILL that was sent must have shown effect.

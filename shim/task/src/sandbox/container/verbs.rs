@@ -7,7 +7,7 @@ use containerd_shim::protos::events::task::{
 };
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
-use tracing::warn;
+use tracing::{info, warn};
 use vmctr_proto::agent::{CreateExecRequest, ResizePtyRequest, SignalRequest, StatsReply, UpdateRequest};
 
 use super::{CALL_LIMIT, CREATE_LIMIT, Container, SIGKILL};
@@ -49,6 +49,7 @@ impl Container {
             self.prepare_exec(exec_id).await?;
         }
         let process = self.process_ref(exec_id);
+        self.steps.skip();
         let session = self.live_session()?;
         let started = session
             .agent()
@@ -58,6 +59,10 @@ impl Container {
             Ok(reply) => reply.pid,
             Err(error) => return Err(self.start_failed(exec_id, error).await),
         };
+        if exec_id.is_empty() {
+            self.steps.end("start");
+            info!(steps = %self.steps, "Container started");
+        }
         let task = self.task_mut(exec_id)?;
         task.guest_pid = guest_pid;
         task.process.started();
