@@ -9,6 +9,7 @@ pub mod digest;
 pub mod layer;
 pub mod meta;
 pub mod path;
+pub mod root;
 pub mod store;
 pub mod tree;
 pub mod upper;
