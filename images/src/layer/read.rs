@@ -105,6 +105,8 @@ pub struct LayerReader<R: Read> {
     padding: u64,
     bytes_left: u64,
     ended: bool,
+    /// Names that begin with `.wh.` are names like any other.
+    literal: bool,
 }
 
 /// What precedes an entry's own header.
@@ -119,7 +121,12 @@ impl<R: Read> LayerReader<R> {
     /// Reads a layer, plain, gzip or Zstandard; at most `limit` bytes after decompression.
     pub fn new(source: R, limit: u64) -> Result<Self, ReadError> {
         let source = Decoded::new(source).map_err(|source| ReadError::Read { entries: 0, source })?;
-        Ok(Self { source, entries: 0, left: 0, padding: 0, bytes_left: limit, ended: false })
+        Ok(Self { source, entries: 0, left: 0, padding: 0, bytes_left: limit, ended: false, literal: false })
+    }
+
+    /// Reads an archive that is no layer but a folder as it is: no name in it means a deletion.
+    pub fn literal(source: R, limit: u64) -> Result<Self, ReadError> {
+        Ok(Self { literal: true, ..Self::new(source, limit)? })
     }
 
     /// The next entry; the content of the one before is skipped if it was not read.
@@ -229,7 +236,8 @@ impl<R: Read> LayerReader<R> {
         let kind = self.kind(raw, &path, &name, size, &mut extras)?;
         (self.left, self.padding) = (size, padding(size));
         let xattrs = xattrs(extras.records);
-        with_whiteouts(Item { path, meta, xattrs, kind })
+        let item = Item { path, meta, xattrs, kind };
+        if self.literal { Ok(item) } else { with_whiteouts(item) }
     }
 
     fn meta(&self, raw: &Raw<'_>, records: &Records) -> Result<Meta, ReadError> {

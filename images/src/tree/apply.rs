@@ -75,6 +75,8 @@ impl Applied {
     fn opaque(&mut self, path: &TreePath) -> Result<(), TreeError> {
         match self.target.form() {
             Form::Overlay(namespace) => self.target.opaque(path, namespace),
+            // Without whiteouts, which a literal archive does not have, nobody is asked.
+            Form::Literal => Ok(()),
             Form::Plain => {
                 let (made, keys) = (&self.made, &self.keys);
                 self.target.clear_dir(path, &|path| made.contains(&keys.hash_one(path)))

@@ -1,6 +1,6 @@
 //! Writes a tree beneath one root.
 //!
-//! Invariant: nothing outside the root is touched. In overlay form no link is followed; in plain form
+//! Invariant: nothing outside the root is touched. In the overlay forms no link is followed; in plain form
 //! the links of the tree are resolved within the root, as images expect (`bin -> usr/bin`). Metadata
 //! are set in the order that keeps them: owner, mode, attributes, time; folders' times at the end.
 
@@ -79,6 +79,8 @@ pub enum Form {
     Plain,
     /// A whiteout or an opaque mark, for an overlay with this namespace of attributes.
     Overlay(Namespace),
+    /// Nothing: what comes is an overlay's own folder, with its whiteouts and marks, and is written as it is.
+    Literal,
 }
 
 /// What is made.
@@ -145,7 +147,7 @@ impl Target {
     pub(crate) fn whiteout(&mut self, path: &TreePath) -> Result<(), TreeError> {
         let (dir, name) = self.clear(path)?;
         match self.form {
-            Form::Plain => Ok(()),
+            Form::Plain | Form::Literal => Ok(()),
             Form::Overlay(_) => {
                 let name = OsStr::from_bytes(&name);
                 fs::mknodat(&dir, name, FileType::CharacterDevice, Mode::empty(), 0).at(path)
@@ -279,7 +281,7 @@ impl Target {
         let name = if bytes.is_empty() { b"." } else { bytes };
         let how = match self.form {
             Form::Plain => ResolveFlags::IN_ROOT,
-            Form::Overlay(_) => ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS,
+            Form::Overlay(_) | Form::Literal => ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS,
         } | ResolveFlags::NO_MAGICLINKS
             | ResolveFlags::NO_XDEV;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -302,7 +304,7 @@ impl Target {
         }
         for (name, value) in xattrs {
             match self.form {
-                Form::Plain => set_xattr(node, path, name, value)?,
+                Form::Plain | Form::Literal => set_xattr(node, path, name, value)?,
                 Form::Overlay(namespace) => set_xattr(node, path, &escape(namespace, name), value)?,
             }
         }

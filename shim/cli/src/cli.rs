@@ -61,11 +61,41 @@ pub enum Verb {
         #[arg(value_name = "ID")]
         id: String,
     },
+    /// List what a container changed: A (added), C (changed) or D (deleted), and the path
+    ///
+    /// A running container stands still meanwhile.
+    Diff {
+        /// The container's ID
+        #[arg(value_name = "CONTAINER")]
+        container: String,
+    },
+    /// Look into layers of images
+    #[command(subcommand)]
+    Layer(LayerVerb),
     /// Print the versions of vmctr, of the agent protocol and of containerd, if it answers
     Version,
     /// Build or look at what the VMs boot: a kernel and an initramfs
     #[command(subcommand)]
     Guest(GuestVerb),
+}
+
+/// Verbs of `vmctr layer`.
+#[derive(Debug, Subcommand)]
+pub enum LayerVerb {
+    /// List the entries of a layer; of an image, those of its topmost layer
+    Ls(LayerArgs),
+    /// Read a layer, or all layers of an image, and check their digests
+    ///
+    /// Exits 1 when a layer is damaged or its digest differs.
+    Verify(LayerArgs),
+}
+
+/// Arguments of the verbs of `vmctr layer`.
+#[derive(Args, Debug)]
+pub struct LayerArgs {
+    /// A layer's file (tar, gzip or zstd), or an image's name in containerd
+    #[arg(value_name = "FILE|REF")]
+    pub source: String,
 }
 
 /// Verbs of `vmctr guest`.

@@ -8,17 +8,24 @@ use std::time::Duration;
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
+use tokio::time::timeout;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 use tracing::{Instrument, error, warn};
+use vmctr_proto::agent::UpperChunk;
 use vmctr_proto::control::control_server::{Control, ControlServer};
-use vmctr_proto::control::{HoldReply, HoldRequest, InspectReply, InspectRequest};
+use vmctr_proto::control::{
+    HoldReply, HoldRequest, InspectReply, InspectRequest, ReadUpperReply, ReadUpperRequest,
+};
 
 use crate::error::TaskError;
 use crate::sandbox::{self, ContainerRequest, Handle};
 
 /// A caller that does not answer for so long is gone: what it holds is let go.
 const CALLER_LIMIT: Duration = Duration::from_secs(20);
+
+/// Between two pieces of what a guest sends.
+const GUEST_LIMIT: Duration = Duration::from_secs(30);
 
 /// Between two looks whether the caller is still there.
 const CALLER_CHECK: Duration = Duration::from_secs(10);
@@ -73,6 +80,35 @@ impl Control for Service {
         // A task of its own: a caller that goes away before the answer must not leave the container frozen.
         tokio::spawn(hold(self.0.clone(), request.into_inner().freeze, caller).in_current_span());
         Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    type ReadUpperStream = ReceiverStream<Result<ReadUpperReply, Status>>;
+
+    async fn read_upper(
+        &self,
+        _: Request<ReadUpperRequest>,
+    ) -> Result<Response<Self::ReadUpperStream>, Status> {
+        let archive =
+            self.0.ask_container(ContainerRequest::ReadUpper).await.map_err(|error| status(&error))?;
+        let (caller, stream) = mpsc::channel(1);
+        tokio::spawn(pass_on(archive, caller).in_current_span());
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+/// Passes an archive on, piece by piece, as fast as the caller reads.
+async fn pass_on(mut archive: Streaming<UpperChunk>, caller: mpsc::Sender<Result<ReadUpperReply, Status>>) {
+    loop {
+        let piece = match timeout(GUEST_LIMIT, archive.message()).await {
+            Ok(Ok(None)) => return,
+            Ok(Ok(Some(chunk))) => Ok(ReadUpperReply { data: chunk.data }),
+            Ok(Err(refused)) => Err(Status::internal(sandbox::clean(refused.message()))),
+            Err(_) => Err(Status::deadline_exceeded("The guest stopped sending its changes")),
+        };
+        let last = piece.is_err();
+        if caller.send(piece).await.is_err() || last {
+            return;
+        }
     }
 }
 

@@ -1,8 +1,10 @@
 //! One module per verb.
 
+mod diff;
 mod doctor;
 mod guest;
 mod inspect;
+mod layer;
 mod ps;
 mod version;
 
@@ -33,6 +35,8 @@ pub async fn run(cli: Cli) -> Outcome {
         Verb::Doctor => doctor::run(&context).await,
         Verb::Ps => ps::run(&context).await,
         Verb::Inspect { id } => inspect::run(&context, &id).await,
+        Verb::Diff { container } => diff::run(&context, &container).await,
+        Verb::Layer(verb) => layer::run(&context, verb).await,
         Verb::Version => version::run(&context).await,
         Verb::Guest(verb) => guest::run(&context, verb),
     }

@@ -244,6 +244,7 @@ impl Live {
             ContainerRequest::Resume(answer) => drop(answer.send(container.resume().await)),
             ContainerRequest::Hold(freeze, answer) => drop(answer.send(container.hold(freeze).await)),
             ContainerRequest::Release(answer) => drop(answer.send(container.release().await)),
+            ContainerRequest::ReadUpper(answer) => drop(answer.send(container.read_upper().await)),
             ContainerRequest::Pids(answer) => drop(answer.send(container.pids().await)),
             ContainerRequest::Stats(answer) => drop(answer.send(container.stats().await)),
             ContainerRequest::Update(resources, answer) => {

@@ -22,6 +22,7 @@ mod steps;
 mod task;
 mod work_dir;
 
+pub use agent::clean;
 pub use create::CreateRequest;
 pub use driver::{Identity, spawn};
 pub use process::{Exit, Phase};

@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
-use vmctr_proto::agent::StatsReply;
+use tonic::Streaming;
+use vmctr_proto::agent::{StatsReply, UpperChunk};
 use vmctr_proto::control::InspectReply;
 
 use super::create::CreateRequest;
@@ -83,6 +84,8 @@ pub enum ContainerRequest {
     Hold(bool, Answer<Duration>),
     /// Ends the hold.
     Release(Answer<()>),
+    /// Begins to read the upper folder that it keeps in the guest.
+    ReadUpper(Answer<Streaming<UpperChunk>>),
     /// Its processes in the guest.
     Pids(Answer<Vec<Pid>>),
     /// Its cgroup's figures.

@@ -12,7 +12,8 @@
 use std::time::Duration;
 
 use tokio::time::Instant;
-use vmctr_proto::agent::Empty;
+use tonic::Streaming;
+use vmctr_proto::agent::{Empty, UpperChunk};
 
 use super::{CALL_LIMIT, Container};
 use crate::error::{Result, TaskError};
@@ -58,6 +59,14 @@ impl Container {
         let held = self.held.take();
         let live = self.session.is_some() && self.is_live();
         if held.is_some_and(|held| held.froze) && live { self.thaw_in_guest().await } else { Ok(()) }
+    }
+
+    /// Begins to read the upper folder that the container keeps in the guest.
+    pub async fn read_upper(&self) -> Result<Streaming<UpperChunk>> {
+        let container = self.container_ref();
+        let session = self.live_session()?;
+        let read = |mut agent: vmctr_vmm::vm::Agent| async move { agent.read_upper(container).await };
+        Ok(session.agent().call("send its changes", CALL_LIMIT, read).await?)
     }
 
     /// Fails while somebody holds the container.
