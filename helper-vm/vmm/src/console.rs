@@ -6,23 +6,18 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::AsyncRead;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use tracing::Instrument as _;
 
 use crate::lines::{Line, LineReader};
+use crate::log_rate::LogRate;
 
 /// Longer than any line of the kernel's log.
 const LINE_LIMIT: usize = 1024;
-
-/// Lines that may come at once: a kernel's whole boot log fits.
-const BURST: u32 = 1000;
-
-/// Lines per second in the long run.
-const PER_SECOND: u32 = 50;
 
 /// Whose words they are, and so the log's target and level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,7 +74,7 @@ impl Drop for Console {
 
 async fn read(stream: impl AsyncRead + Unpin, speaker: Speaker, tail: Arc<Mutex<Tail>>) {
     let mut lines = LineReader::new(stream, LINE_LIMIT);
-    let mut rate = Rate::new(Instant::now());
+    let mut rate = LogRate::new(Instant::now());
     // A broken stream ends like a closed one: the process at its other end is what is watched.
     while let Ok(Some(line)) = lines.next().await {
         let text = printable(&line);
@@ -129,45 +124,9 @@ impl Tail {
     }
 }
 
-/// Token bucket.
-struct Rate {
-    tokens: f64,
-    at: Instant,
-    dropped: u64,
-}
-
-impl Rate {
-    fn new(now: Instant) -> Self {
-        Self { tokens: f64::from(BURST), at: now, dropped: 0 }
-    }
-
-    /// The number of lines dropped since the last admitted one, if this line may pass.
-    fn admit(&mut self, now: Instant) -> Option<u64> {
-        let refill = now.duration_since(self.at).as_secs_f64() * f64::from(PER_SECOND);
-        self.tokens = (self.tokens + refill).min(f64::from(BURST));
-        self.at = now;
-        if self.tokens < 1.0 {
-            self.dropped += 1;
-            return None;
-        }
-        self.tokens -= 1.0;
-        Some(std::mem::take(&mut self.dropped))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_flood_passes_at_the_limit_and_is_counted() {
-        let start = Instant::now();
-        let mut rate = Rate::new(start);
-        let passed = (0..5000).filter(|_| rate.admit(start).is_some()).count();
-        assert_eq!(passed, BURST as usize);
-        let dropped = rate.admit(start + Duration::from_secs(1)).unwrap();
-        assert_eq!(dropped, 5000 - u64::from(BURST));
-    }
 
     #[test]
     fn control_characters_do_not_reach_the_log() {

@@ -16,6 +16,7 @@ mod error_chain;
 mod guest_files;
 pub mod jail;
 mod lines;
+mod log_rate;
 mod memory;
 pub mod qemu;
 mod qmp;
@@ -27,4 +28,5 @@ pub mod vm;
 pub mod vsock;
 
 pub use error_chain::error_chain;
+pub use log_rate::LogRate;
 pub use memory::{MemoryError, MemoryMib};

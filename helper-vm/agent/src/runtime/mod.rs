@@ -14,6 +14,7 @@ mod create;
 mod exec;
 mod log;
 mod mount_points;
+mod null;
 mod payload;
 pub mod report;
 mod seccomp;

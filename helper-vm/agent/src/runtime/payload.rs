@@ -12,6 +12,7 @@ use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access, execve};
 
+use super::null;
 use super::report::Reporter;
 use super::seccomp::Confinement;
 
@@ -48,6 +49,8 @@ impl Payload {
         let arguments = strings(args.iter().map(|arg| arg.as_bytes().to_vec()))?;
         let environment = strings(std::env::vars_os().map(pair))?;
         let path = CString::new(program.as_os_str().as_bytes()).map_err(|_| ProgramError::Nul)?;
+        // A container may have taken /dev/null away from itself; it then has what libcontainer gave it.
+        let _ = null::reopen();
         self.confinement.enter()?;
         crate::sys::default_sigpipe();
         let Err(error) = execve(&path, &arguments, &environment);

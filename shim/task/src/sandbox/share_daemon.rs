@@ -7,11 +7,13 @@ use std::path::Path;
 use std::process::ChildStderr;
 use std::sync::Arc;
 use std::thread;
+use std::time::Instant;
 
 use tokio::io::unix::AsyncFd;
 use tokio::task::spawn_blocking;
 use tracing::{Span, debug, error, info, trace, warn};
 use vmctr_fileshare::share::{Exit, Fsd, ShareSpec, SpawnError, spawn};
+use vmctr_vmm::LogRate;
 use vmctr_vmm::binaries::{self, BinaryError};
 
 use crate::sys;
@@ -56,7 +58,7 @@ impl ShareDaemon {
         let dir = dir.to_owned();
         let started = spawn_blocking(move || {
             let binary = binaries::find(BINARY)?;
-            Ok::<_, ShareError>(spawn(&binary, &spec, &dir, log_level)?)
+            Ok::<_, ShareError>(spawn(&binary, &spec, &dir, log_filter(log_level))?)
         });
         let mut fsd = started.await.map_err(|error| ShareError::Watch(error.into()))??;
         let pidfd = fsd.pidfd().try_clone_to_owned().map_err(ShareError::Watch)?;
@@ -90,24 +92,35 @@ impl ShareDaemon {
     }
 }
 
+/// virtiofsd's debug lines tell of every single request: who wants them asks for "trace".
+fn log_filter(level: &'static str) -> &'static str {
+    if level == "debug" { "debug,virtiofsd=info" } else { level }
+}
+
 fn forward_log(stderr: ChildStderr) -> io::Result<()> {
     let span = Span::current();
     let forward = move || {
         let _in_span = span.enter();
         // The end of the stream is the end of the daemon, which is watched elsewhere.
-        let _ = log_lines(BufReader::new(stderr));
+        let _ = log_lines(BufReader::new(stderr), log_line);
     };
     thread::Builder::new().name("fsd-log".to_owned()).spawn(forward).map(drop)
 }
 
-fn log_lines(mut from: impl BufRead) -> io::Result<()> {
+/// Reads on whatever comes, so that the daemon never waits; what is too much is counted.
+fn log_lines(mut from: impl BufRead, mut log: impl FnMut(&str)) -> io::Result<()> {
+    let mut rate = LogRate::new(Instant::now());
     let mut line = Vec::new();
     loop {
         line.clear();
         if (&mut from).take(LINE_LIMIT).read_until(b'\n', &mut line)? == 0 {
             return Ok(());
         }
-        log_line(String::from_utf8_lossy(&line).trim());
+        let Some(dropped) = rate.admit(Instant::now()) else { continue };
+        if dropped > 0 {
+            log(&format!("WARN ({dropped} lines dropped: too many per second)"));
+        }
+        log(String::from_utf8_lossy(&line).trim());
     }
 }
 
@@ -123,5 +136,27 @@ fn log_line(line: &str) {
         "TRACE" => trace!(target: "fsd", "{text}"),
         _ if line.is_empty() => {}
         _ => warn!(target: "fsd", "{line}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_lines_does_not_reach_the_log_as_a_whole() {
+        const LINES: usize = 100_000;
+        let flood = "ERROR the guest speaks nonsense\n".repeat(LINES);
+        let mut logged = 0;
+        log_lines(flood.as_bytes(), |_| logged += 1).unwrap();
+        // What may pass meanwhile depends on the time that this takes.
+        assert!((1000..LINES / 2).contains(&logged), "{logged} lines");
+    }
+
+    #[test]
+    fn a_few_lines_all_do() {
+        let mut logged = vec![];
+        log_lines(&b"INFO serving\n WARN odd\n"[..], |line| logged.push(line.to_owned())).unwrap();
+        assert_eq!(logged, ["INFO serving", "WARN odd"]);
     }
 }
