@@ -79,7 +79,7 @@ pub fn write_new_folder(
 }
 
 /// Writes the changes of `walk` into the empty folder `root`.
-pub(crate) fn fill(
+fn fill(
     walk: &mut Walk<'_>,
     root: Node,
     namespace: Namespace,
@@ -90,6 +90,9 @@ pub(crate) fn fill(
     while let Some(change) = walk.next_change()? {
         written.entries += 1;
         add(&mut target, &change, namespace, consistency, &mut written)?;
+    }
+    if let Some(root) = walk.silent_root() {
+        add(&mut target, &root, namespace, consistency, &mut written)?;
     }
     target.finish()?;
     Ok(written)
