@@ -206,21 +206,12 @@ fn a_sparse_file_of_any_claimed_size_meets_the_limit() {
 }
 
 #[test]
-fn sizes_and_owners_beyond_the_old_limits() {
+fn owners_beyond_the_old_limits_and_holes() {
     let dir = tempfile::tempdir().unwrap();
     let upper = folder(&dir, "upper");
-    let file = fs::File::create(upper.join("sparse")).unwrap();
-    file.set_len((8 << 30) + 1).unwrap();
+    fs::File::create(upper.join("sparse")).unwrap().set_len((100 << 20) + 1).unwrap();
     std::os::unix::fs::chown(upper.join("sparse"), Some(4_000_000_000), Some(3_000_000)).unwrap();
-    let options = LayerOptions { compression: Compression::Zstd(1), clamp: None, limit: 1 << 40 };
-    let path = dir.path().join("layer");
-    let info = write_layer(&[upper.clone()], Scope::Changes, options, &path).unwrap();
-    assert!(info.size < 16 << 20 && info.totals.bytes > 8 << 30);
-    let plain = folder(&dir, "plain");
-    let reader = LayerReader::new(fs::File::open(&path).unwrap(), 1 << 40).unwrap();
-    apply(reader, &plain, Form::Plain).unwrap();
-    let found = differences(&plain, &upper);
-    assert!(found.is_empty(), "{}", show(&found));
+    round_trip(&dir, &upper);
 }
 
 /// Somebody exchanges folders for links and files for devices as fast as they can.
@@ -283,7 +274,7 @@ fn a_file_that_is_written_meanwhile_is_reported_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let upper = folder(&dir, "upper");
     let path = upper.join("busy");
-    fs::write(&path, vec![1; 4 << 20]).unwrap();
+    fs::write(&path, vec![1; 64 << 20]).unwrap();
     let stop = Arc::new(AtomicBool::new(false));
     let writer = {
         let (stop, path) = (Arc::clone(&stop), path.clone());
@@ -297,8 +288,15 @@ fn a_file_that_is_written_meanwhile_is_reported_by_name() {
     let opened = layers(&[upper.clone()]);
     let root = TreePath::root();
     let changes = Changes { layers: &opened, scope: Scope::Changes, subtree: &root };
-    let new = dir.path().join("new");
-    let (written, _) = capture(&changes, Consistency::Live, Namespace::Trusted, &new).unwrap();
+    let mut changed = Vec::new();
+    for number in 0..50 {
+        let new = dir.path().join(format!("new{number}"));
+        changed = capture(&changes, Consistency::Live, Namespace::Trusted, &new).unwrap().0.changed;
+        assert!(new.join("busy").exists());
+        if !changed.is_empty() {
+            break;
+        }
+    }
     let mut layer = LayerWriter::new(std::io::sink(), PLAIN).unwrap();
     let mut walk = walk(&opened, Scope::Changes);
     let strict = loop {
@@ -312,9 +310,8 @@ fn a_file_that_is_written_meanwhile_is_reported_by_name() {
     };
     stop.store(true, Ordering::Relaxed);
     writer.join().unwrap();
-    assert_eq!(written.changed, [TreePath::parse(b"busy").unwrap()]);
+    assert_eq!(changed, [TreePath::parse(b"busy").unwrap()]);
     assert!(matches!(strict, LayerError::Walk(WalkError::Changed(path)) if path.name() == Some(b"busy")));
-    assert!(new.join("busy").exists());
 }
 
 /// A tar entry, for archives that our own writer refuses to make.
