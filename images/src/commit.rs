@@ -18,8 +18,8 @@ use crate::config::{Base, Build, BuildError, Descriptor, Image, build};
 use crate::digest::Digest;
 use crate::layer::{LayerError, LayerInfo, LayerOptions, LayerWriter, Totals};
 use crate::path::TreePath;
-use crate::store::{Layout, StoreError, nameless_beside, write_archive};
-use crate::tree::{NewFolder, NewFolderError, write_new_folder};
+use crate::store::{Layout, StoreError, containerd, nameless_beside, write_archive};
+use crate::tree::{NewFolder, NewFolderError, fill_folder, write_new_folder};
 use crate::upper::{Consistency, Layers, Namespace, Note, Scope, Walk, WalkError};
 
 /// Why a commit fails.
@@ -40,6 +40,12 @@ pub enum CommitError {
     /// The store fails.
     #[error("The image cannot be stored")]
     Store(#[from] StoreError),
+    /// containerd fails.
+    #[error("The image cannot be stored in containerd")]
+    Containerd(#[from] containerd::ContainerdError),
+    /// A thread ended.
+    #[error("The thread that reads the changes ended")]
+    Thread(#[source] tokio::task::JoinError),
     /// A base layer's blob cannot be read.
     #[error("The base layer {digest} cannot be read")]
     Base {
@@ -208,4 +214,91 @@ pub fn to_archive(
     write_archive(file, &image.manifest_descriptor, plan.tag, &mut blobs)?;
     drop(blobs);
     Ok(Committed { image, layer, notes, missing })
+}
+
+/// Makes the image in containerd, with the snapshot of its new layer.
+///
+/// The layers are taken over because a thread of their own reads them.
+pub async fn to_containerd(
+    store: &containerd::Store,
+    order: ContainerdOrder,
+) -> Result<Committed, CommitError> {
+    let ContainerdOrder { layers, scope, subtree, layer, base, build: changes, name, snapshotter } = order;
+    let layers = std::sync::Arc::new(layers);
+    let (sink, source) = containerd::pipe();
+    let mut ingest = store.begin().await?;
+    let writing = {
+        let (layers, subtree) = (std::sync::Arc::clone(&layers), subtree.clone());
+        tokio::task::spawn_blocking(move || {
+            let changes = Changes { layers: &layers, scope, subtree: &subtree };
+            self::layer(&changes, layer, sink, &mut |_| {}).map(|(_, info, notes)| (info, notes))
+        })
+    };
+    let taken = ingest.take(source).await;
+    let written = writing.await.map_err(CommitError::Thread)?;
+    // The writer's own error says more than that of the stream which ended with it.
+    let (info, notes) = match (written, taken) {
+        (Ok(done), Ok(())) => done,
+        (written, taken) => {
+            ingest.abort().await?;
+            written?;
+            taken?;
+            return Err(containerd::ContainerdError::Ended.into());
+        }
+    };
+    ingest.commit(&info.digest, containerd::Store::layer_labels(&info.diff_id)).await?;
+    let image = build(&base, &info, &changes)?;
+    let unpacked = snapshot(store, &image, layers, scope, subtree, snapshotter.as_deref()).await?;
+    let snapshotter = snapshotter.filter(|_| unpacked);
+    let missing = store.publish(&image, &name, snapshotter.as_deref()).await?;
+    Ok(Committed { image, layer: info, notes, missing })
+}
+
+/// What [`to_containerd`] makes.
+pub struct ContainerdOrder {
+    /// The upper and the layers below it.
+    pub layers: Layers,
+    /// Changes only, or everything for a squashed image.
+    pub scope: Scope,
+    /// Only what is at or beneath it; the root for all.
+    pub subtree: TreePath,
+    /// How the layer is written.
+    pub layer: LayerOptions,
+    /// What it is put on.
+    pub base: Base,
+    /// The config's changes.
+    pub build: Build,
+    /// The image's name.
+    pub name: String,
+    /// Where the new layer is to be unpacked at once.
+    pub snapshotter: Option<String>,
+}
+
+/// Fills the new layer's snapshot; whether it is there afterwards.
+async fn snapshot(
+    store: &containerd::Store,
+    image: &Image,
+    layers: std::sync::Arc<Layers>,
+    scope: Scope,
+    subtree: TreePath,
+    snapshotter: Option<&str>,
+) -> Result<bool, CommitError> {
+    let (Some(snapshotter), Some(name)) = (snapshotter, image.chain_id()) else { return Ok(false) };
+    let Some(snapshot) = store.prepare(snapshotter, image.parent_chain_id().as_ref(), &name).await? else {
+        return Ok(store.has_snapshot(snapshotter, &name).await?);
+    };
+    let (dir, form) = (snapshot.dir.clone(), snapshot.form);
+    let filling = tokio::task::spawn_blocking(move || {
+        let changes = Changes { layers: &layers, scope, subtree: &subtree };
+        let mut walk = changes.walk(Consistency::Frozen)?;
+        fill_folder(&mut walk, &dir, form, Consistency::Frozen).map_err(CommitError::from).map(drop)
+    });
+    match filling.await.map_err(CommitError::Thread)? {
+        Ok(()) => store.commit_snapshot(snapshot, &name).await?,
+        Err(error) => {
+            store.drop_snapshot(snapshot).await?;
+            return Err(error);
+        }
+    }
+    Ok(true)
 }

@@ -381,3 +381,18 @@ fn with_whiteouts(item: Item) -> Result<Item, ReadError> {
         _ => Ok(Item { path: folder.join(target), kind: ItemKind::Whiteout, ..item }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::plain_header;
+
+    #[test]
+    fn files_over_8_gib_have_their_size() {
+        for size in [0, 8 << 30, (8 << 30) - 1, 1 << 50] {
+            let header = plain_header("large", size);
+            let mut reader = LayerReader::new(&header[..], 1 << 51).unwrap();
+            assert_eq!(reader.next_item().unwrap().unwrap().kind, ItemKind::File(size));
+        }
+    }
+}

@@ -4,6 +4,7 @@
 //! no image; blobs appear under their digests complete or not at all.
 
 mod archive;
+pub mod containerd;
 mod files;
 mod layout;
 

@@ -14,5 +14,5 @@ mod target;
 
 pub use apply::{ApplyError, apply};
 pub use compare::{CompareError, Difference, How, Tree, compare};
-pub use new_folder::{NewFolder, NewFolderError, write_new_folder};
+pub use new_folder::{NewFolder, NewFolderError, fill_folder, write_new_folder};
 pub use target::{Form, TreeError};

@@ -73,23 +73,37 @@ pub fn write_new_folder(
         return Err(NewFolderError::Exists(dir.to_owned()));
     }
     let partial = Partial::begin(dir)?;
-    let written = fill(walk, partial.node.duplicate().map_err(make)?, namespace, consistency)?;
+    let written = fill(walk, partial.node.duplicate().map_err(make)?, Form::Overlay(namespace), consistency)?;
     partial.publish(dir)?;
     Ok(written)
 }
 
-/// Writes the changes of `walk` into the empty folder `root`.
-pub(crate) fn fill(
+/// Writes the changes of `walk` into a folder that is there: in overlay form an empty one, in plain form
+/// a copy of what the base shows.
+pub fn fill_folder(
     walk: &mut Walk<'_>,
-    root: Node,
-    namespace: Namespace,
+    dir: &Path,
+    form: Form,
     consistency: Consistency,
 ) -> Result<NewFolder, NewFolderError> {
-    let mut target = Target::new(root, Form::Overlay(namespace));
+    let root = Node::root(dir).map_err(|source| NewFolderError::Make { path: dir.to_owned(), source })?;
+    fill(walk, root, form, consistency)
+}
+
+fn fill(
+    walk: &mut Walk<'_>,
+    root: Node,
+    form: Form,
+    consistency: Consistency,
+) -> Result<NewFolder, NewFolderError> {
+    let mut target = Target::new(root, form);
     let mut written = NewFolder::default();
     while let Some(change) = walk.next_change()? {
         written.entries += 1;
-        add(&mut target, &change, namespace, consistency, &mut written)?;
+        add(&mut target, &change, consistency, &mut written)?;
+    }
+    if let Some(root) = walk.silent_root() {
+        add(&mut target, &root, consistency, &mut written)?;
     }
     target.finish()?;
     Ok(written)
@@ -98,7 +112,6 @@ pub(crate) fn fill(
 fn add(
     target: &mut Target,
     change: &Change,
-    namespace: Namespace,
     consistency: Consistency,
     written: &mut NewFolder,
 ) -> Result<(), NewFolderError> {
@@ -106,7 +119,7 @@ fn add(
     let entry = match &change.what {
         What::Entry(entry) | What::Parent(entry) => entry,
         What::Whiteout => return Ok(target.whiteout(path)?),
-        What::Opaque => return Ok(target.opaque(path, namespace)?),
+        What::Opaque => return Ok(hide(target, path)?),
     };
     let make = match &entry.kind {
         EntryKind::File(content) => return file(target, path, entry, content, consistency, written),
@@ -118,6 +131,14 @@ fn add(
         EntryKind::Fifo => Make::Fifo,
     };
     Ok(target.make(path, &entry.meta, &entry.xattrs, make)?)
+}
+
+/// A walk marks a folder before it tells what is in it: all that is there now is the base's.
+fn hide(target: &mut Target, path: &TreePath) -> Result<(), TreeError> {
+    match target.form() {
+        Form::Overlay(namespace) => target.opaque(path, namespace),
+        Form::Plain => target.clear_dir(path, &|_| false),
+    }
 }
 
 /// Copies a file, again if it was written meanwhile.

@@ -127,6 +127,8 @@ pub struct Walk<'a> {
     ready: VecDeque<Change>,
     notes: Vec<Note>,
     notes_dropped: u64,
+    /// The root, if nothing at all was told.
+    silent_root: Option<Change>,
 }
 
 /// A folder in progress.
@@ -181,6 +183,7 @@ impl<'a> Walk<'a> {
             ready: VecDeque::new(),
             notes: Vec::new(),
             notes_dropped: 0,
+            silent_root: None,
         };
         let replaced = everything || view.top().is_some_and(|top| top.opaque);
         let in_base = !base.0.is_empty();
@@ -211,6 +214,11 @@ impl<'a> Walk<'a> {
         if self.frames.last().is_some_and(gone) {
             self.frames.pop();
         }
+    }
+
+    /// At the end of a walk that told nothing: the root, which a folder needs all the same.
+    pub(crate) fn silent_root(&mut self) -> Option<Change> {
+        self.silent_root.take()
     }
 
     /// After an opaque mark: what the base has in that folder and the container has not.
@@ -393,7 +401,10 @@ impl<'a> Walk<'a> {
 
     /// Ends the folder in progress.
     fn leave(&mut self) -> Result<(), WalkError> {
-        let Some(frame) = self.frames.pop() else { return Ok(()) };
+        let Some(mut frame) = self.frames.pop() else { return Ok(()) };
+        if frame.path.is_root() {
+            self.silent_root = frame.unsaid.take();
+        }
         let Some(top) = frame.view.top().filter(|_| self.consistency == Consistency::Frozen) else {
             return Ok(());
         };

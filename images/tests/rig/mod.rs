@@ -63,6 +63,13 @@ pub fn walk(layers: &Layers, scope: Scope) -> Walk<'_> {
     Walk::new(layers, scope, Consistency::Frozen, TreePath::root()).unwrap()
 }
 
+/// All that folders show, for a comparison. The kernel's overlay tidies up its own attributes while it
+/// is read, so its folders' change times move.
+pub fn tree(layers: &Layers) -> Tree<'_> {
+    let walk = Walk::new(layers, Scope::Everything, Consistency::Live, TreePath::root()).unwrap();
+    Tree::Folders(Box::new(walk))
+}
+
 /// Writes a layer to `file`.
 pub fn write_layer(
     folders: &[PathBuf],
@@ -90,12 +97,7 @@ pub fn apply_layer(file: &Path, info: &LayerInfo, root: &Path) {
 /// How the folder `is` differs from the folder `should`, both as they are.
 pub fn differences(is: &Path, should: &Path) -> Vec<Difference> {
     let (is, should) = (layers(&[is.to_owned()]), layers(&[should.to_owned()]));
-    compare(
-        Tree::Folders(Box::new(walk(&is, Scope::Everything))),
-        Tree::Folders(Box::new(walk(&should, Scope::Everything))),
-        100,
-    )
-    .unwrap()
+    compare(tree(&is), tree(&should), 100).unwrap()
 }
 
 pub fn show(differences: &[Difference]) -> String {
