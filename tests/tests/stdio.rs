@@ -47,7 +47,8 @@ fn both_outputs_are_kept_apart_however_much_is_written(rig: &mut Rig) {
 }
 
 fn a_container_without_stdio_is_not_held_by_its_output(rig: &mut Rig) {
-    let container = rig.container("yes").sh("read line; yes | head -c 1048576 && echo x >&2 && exit 5").detached();
+    let container =
+        rig.container("yes").sh("read line; yes | head -c 1048576 && echo x >&2 && exit 5").detached();
     container.wait_for("STOPPED");
     assert_eq!(container.delete(), 5);
 }

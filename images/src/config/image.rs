@@ -75,15 +75,19 @@ struct Manifest {
     layers: Vec<Descriptor>,
 }
 
+/// This machine's architecture, as images call it.
+pub(crate) fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
 impl Base {
     /// An image without layers for this machine's architecture.
     pub fn empty() -> Self {
-        let architecture = match std::env::consts::ARCH {
-            "x86_64" => "amd64",
-            "aarch64" => "arm64",
-            other => other,
-        };
-        let config = json!({"architecture": architecture, "os": "linux"});
+        let config = json!({"architecture": architecture(), "os": "linux"});
         let config = if let Value::Object(config) = config { config } else { Map::new() };
         Self { config, diff_ids: Vec::new(), layers: Vec::new() }
     }
@@ -100,6 +104,11 @@ impl Base {
             return Err(BuildError::Mismatch { diff_ids: diff_ids.len(), layers: layers.len() });
         }
         Ok(Self { config, diff_ids, layers })
+    }
+
+    /// The layers' diff IDs, lowest first.
+    pub fn diff_ids(&self) -> &[DiffId] {
+        &self.diff_ids
     }
 
     /// The layers' blobs, lowest first.

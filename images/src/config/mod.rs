@@ -10,6 +10,7 @@ mod instruction;
 mod media;
 mod words;
 
+pub(crate) use image::architecture;
 pub use image::{Base, Build, BuildError, Descriptor, Image, build};
 pub use instruction::{Instruction, InstructionError};
 pub use media::Format;

@@ -137,7 +137,7 @@ fn add(
 fn hide(target: &mut Target, path: &TreePath) -> Result<(), TreeError> {
     match target.form() {
         Form::Overlay(namespace) => target.opaque(path, namespace),
-        Form::Plain => target.clear_dir(path, &|_| false),
+        Form::Plain | Form::Literal => target.clear_dir(path, &|_| false),
     }
 }
 

@@ -74,7 +74,7 @@ async fn mounts(
     }
     let request =
         context.request(MountsRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() })?;
-    let reply = client.snapshots(snapshotter).mounts(request).await.map_err(|status| {
+    let reply = client.snapshots().mounts(request).await.map_err(|status| {
         anyhow::anyhow!("containerd does not give the mounts of snapshot {key}: {}", status.message())
     })?;
     let mount = |mount: containerd_client::types::Mount| Mount {

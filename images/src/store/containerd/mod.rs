@@ -10,6 +10,7 @@
 
 mod blob;
 mod image;
+mod read;
 mod snapshot;
 
 use std::collections::HashMap;
@@ -23,7 +24,10 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 pub use blob::{BlobSink, BlobSource, Ingest, pipe};
+pub use read::{BlobReader, Stored};
 pub use snapshot::Snapshot;
+
+use crate::digest::Digest;
 
 /// How long a dead commit's leftovers stay.
 const EXPIRES_AFTER: Duration = Duration::from_secs(24 * 60 * 60);
@@ -51,6 +55,18 @@ pub enum ContainerdError {
         /// Its first mount's type.
         kind: String,
     },
+    /// An image's document is not what it should be.
+    #[error("The image's document {digest} is malformed")]
+    Image {
+        /// Which.
+        digest: Digest,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A manifest, index or config beyond all measure.
+    #[error("The image's document {0} is larger than any should be")]
+    TooLarge(Digest),
     /// The stream of a blob ended early.
     #[error("containerd ended the write of a blob without an answer")]
     Ended,
@@ -78,6 +94,11 @@ pub struct Store {
 }
 
 impl Store {
+    /// containerd in `namespace`, to read from.
+    pub fn reader(client: Client, namespace: &str) -> Self {
+        Self { client, namespace: namespace.to_owned(), lease: String::new() }
+    }
+
     /// Takes a lease in `namespace`; [`Store::release`] gives it back.
     pub async fn lease(client: Client, namespace: &str) -> Result<Self, ContainerdError> {
         let expires = OffsetDateTime::from(SystemTime::now() + EXPIRES_AFTER);

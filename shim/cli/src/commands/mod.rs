@@ -1,5 +1,6 @@
 //! One module per verb.
 
+mod commit;
 mod diff;
 mod doctor;
 mod guest;
@@ -35,6 +36,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Verb::Doctor => doctor::run(&context).await,
         Verb::Ps => ps::run(&context).await,
         Verb::Inspect { id } => inspect::run(&context, &id).await,
+        Verb::Commit(args) => commit::run(&context, *args).await,
         Verb::Diff { container } => diff::run(&context, &container).await,
         Verb::Layer(verb) => layer::run(&context, verb).await,
         Verb::Version => version::run(&context).await,

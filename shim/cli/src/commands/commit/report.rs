@@ -1,0 +1,127 @@
+//! What a commit tells: the image and the folder on stdout, what was left out on stderr.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Serialize;
+use vmctr_images::commit::{Committed, Notes};
+use vmctr_images::path::TreePath;
+
+use crate::output;
+
+/// All that happened.
+#[derive(Default)]
+pub struct Report {
+    /// How long the container stood still.
+    pub pause: Option<Duration>,
+    image: Option<Image>,
+    folder: Option<(PathBuf, u64)>,
+    warnings: Vec<String>,
+}
+
+#[derive(Clone, Serialize)]
+struct Image {
+    digest: String,
+    layer: String,
+    diff_id: String,
+    size_bytes: u64,
+    uncompressed_bytes: u64,
+    entries: u64,
+    compression: String,
+}
+
+/// As JSON: the names are part of the CLI's contract.
+#[derive(Serialize)]
+struct View<'a> {
+    #[serde(flatten)]
+    image: Option<&'a Image>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    folder: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    folder_entries: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pause_micros: Option<u64>,
+    warnings: &'a [String],
+}
+
+impl Report {
+    /// An image was made.
+    pub fn committed(&mut self, made: &Committed) {
+        let layer = &made.layer;
+        self.image = Some(Image {
+            digest: made.image.manifest_descriptor.digest.to_string(),
+            layer: layer.digest.to_string(),
+            diff_id: layer.diff_id.to_string(),
+            size_bytes: layer.size,
+            uncompressed_bytes: layer.totals.bytes,
+            entries: layer.totals.entries,
+            compression: layer.compression.to_string(),
+        });
+        self.notes(&made.notes);
+        for blob in &made.missing {
+            let digest = blob.digest;
+            self.warnings.push(format!("base layer {digest} is not in containerd: the image lacks it"));
+        }
+    }
+
+    /// A folder was filled.
+    pub fn folder(&mut self, dir: &Path, entries: u64) {
+        self.folder = Some((dir.to_owned(), entries));
+    }
+
+    /// Something was left out.
+    pub fn notes(&mut self, notes: &Notes) {
+        self.warnings.extend(notes.kept.iter().map(ToString::to_string));
+        if notes.more > 0 {
+            self.warnings.push(format!("and {} more", notes.more));
+        }
+    }
+
+    /// Files did not stand still.
+    pub fn changed(&mut self, files: &[TreePath]) {
+        let changed = |path| format!("{path} changed while it was read: its copy may be torn");
+        self.warnings.extend(files.iter().map(changed));
+    }
+
+    /// Prints it.
+    pub fn print(&self, json: bool, quiet: bool) -> anyhow::Result<()> {
+        if json {
+            return output::json(&self.view());
+        }
+        self.warnings.iter().for_each(|warning| eprintln!("vmctr: warning: {warning}"));
+        match &self.image {
+            Some(image) if quiet => output::print_line(&image.digest),
+            _ if quiet => Ok(()),
+            _ => output::print_line(&self.text()),
+        }
+    }
+
+    fn view(&self) -> View<'_> {
+        View {
+            image: self.image.as_ref(),
+            folder: self.folder.as_ref().map(|(dir, _)| dir.display().to_string()),
+            folder_entries: self.folder.as_ref().map(|(_, entries)| *entries),
+            pause_micros: self.pause.map(|pause| u64::try_from(pause.as_micros()).unwrap_or(u64::MAX)),
+            warnings: &self.warnings,
+        }
+    }
+
+    fn text(&self) -> String {
+        let mut rows = vec![];
+        if let Some(image) = &self.image {
+            let size = output::bytes(image.size_bytes);
+            let plain = output::bytes(image.uncompressed_bytes);
+            rows.push(("Image", image.digest.clone()));
+            rows.push(("Layer", image.layer.clone()));
+            rows.push(("Size", format!("{size} ({plain} before {})", image.compression)));
+            rows.push(("Entries", image.entries.to_string()));
+        }
+        if let Some((dir, entries)) = &self.folder {
+            rows.push(("Folder", format!("{} ({entries} entries)", dir.display())));
+        }
+        if let Some(pause) = self.pause {
+            rows.push(("Pause", format!("{:.3} s", pause.as_secs_f64())));
+        }
+        output::pairs(rows)
+    }
+}
