@@ -176,6 +176,23 @@ fn what_a_layer_cannot_say_is_refused_by_name() {
 }
 
 #[test]
+fn attributes_of_all_sizes_survive_and_empty_ones_are_noted() {
+    let dir = tempfile::tempdir().unwrap();
+    let upper = folder(&dir, "upper");
+    for length in [0, 1, 87, 88, 89, 3000] {
+        let path = upper.join(length.to_string());
+        fs::write(&path, "").unwrap();
+        lsetxattr(&path, "user.a", &vec![b'\n'; length], XattrFlags::empty()).unwrap();
+    }
+    round_trip(&dir, &upper);
+    let layers = layers(&[upper]);
+    let mut walk = walk(&layers, Scope::Changes);
+    while walk.next_change().unwrap().is_some() {}
+    let expected = Note::EmptyXattr(TreePath::parse(b"0").unwrap(), "user.a".into());
+    assert_eq!(walk.notes().0, [expected]);
+}
+
+#[test]
 fn redirects_that_lead_out_or_in_circles() {
     let dir = tempfile::tempdir().unwrap();
     for (redirect, fine) in

@@ -22,7 +22,7 @@ use super::same::{content, same_leaf, same_metadata};
 use super::view::{Found, Layers, Leaf, View};
 use crate::beneath::Node;
 use crate::meta::{Device, Meta, Stat, Xattrs};
-use crate::path::TreePath;
+use crate::path::{Escaped, TreePath};
 
 /// Which part of the merged view is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,6 +103,8 @@ pub enum Note {
     Socket(TreePath),
     /// An entry vanished while it was read.
     Vanished(TreePath),
+    /// An attribute without a value is in the layer, but common readers of tar take that for its absence.
+    EmptyXattr(TreePath, String),
 }
 
 impl std::fmt::Display for Note {
@@ -110,6 +112,9 @@ impl std::fmt::Display for Note {
         match self {
             Self::Socket(path) => write!(f, "{path} is a socket and was left out"),
             Self::Vanished(path) => write!(f, "{path} vanished while it was read"),
+            Self::EmptyXattr(path, name) => {
+                write!(f, "{path} has the attribute {name} without a value, which other tools may leave out")
+            }
         }
     }
 }
@@ -195,6 +200,7 @@ impl<'a> Walk<'a> {
     pub fn next_change(&mut self) -> Result<Option<Change>, WalkError> {
         loop {
             if let Some(change) = self.ready.pop_front() {
+                self.note_empty_xattrs(&change);
                 return Ok(Some(change));
             }
             if self.frames.is_empty() {
@@ -242,6 +248,13 @@ impl<'a> Walk<'a> {
         (&self.notes, self.notes_dropped)
     }
 
+    fn note_empty_xattrs(&mut self, change: &Change) {
+        let (What::Entry(entry) | What::Parent(entry)) = &change.what else { return };
+        for (name, _) in entry.xattrs.iter().filter(|(_, value)| value.is_empty()) {
+            self.note(Note::EmptyXattr(change.path.clone(), Escaped(name).to_string()));
+        }
+    }
+
     fn note(&mut self, note: Note) {
         match self.notes.len() < MAX_NOTES {
             true => self.notes.push(note),
@@ -280,7 +293,7 @@ impl<'a> Walk<'a> {
 
     /// A name under which nothing shows any more.
     fn gone(&mut self, path: TreePath, base: &Found, hidden: bool) -> Result<(), WalkError> {
-        if !hidden && base.exists() {
+        if !hidden && base.exists() && path.starts_with(&self.subtree) {
             self.say(path, What::Whiteout, true);
         }
         Ok(())
@@ -297,6 +310,10 @@ impl<'a> Walk<'a> {
     }
 
     fn leaf(&mut self, path: TreePath, leaf: &Leaf, base: &Found, hidden: bool) -> Result<(), WalkError> {
+        // A file where the way to the subtree was: the subtree holds nothing.
+        if !path.starts_with(&self.subtree) {
+            return Ok(());
+        }
         if let (false, Found::Leaf(base)) = (hidden, base)
             && same_leaf(leaf, base, self.layers.namespace(), &path)?
         {

@@ -159,6 +159,9 @@ const XATTRS: [(&str, Option<&[u8]>); 6] = [
     ("system.posix_acl_default", Some(ACL)),
 ];
 
+/// Its place among the attributes.
+pub const DEFAULT_ACL: u8 = 5;
+
 /// u::rwx, u:1234:r--, g::r-x, m::r-x, o::---
 const ACL: &[u8] = &[
     2, 0, 0, 0, 1, 0, 7, 0, 255, 255, 255, 255, 2, 0, 4, 0, 0xd2, 4, 0, 0, 4, 0, 5, 0, 255, 255, 255, 255,
@@ -167,7 +170,8 @@ const ACL: &[u8] = &[
 
 fn xattr(path: &Path, n: u8, value: u8) -> std::io::Result<()> {
     let (name, fixed) = XATTRS[n as usize];
-    let own = vec![value; usize::from(value) * 3];
+    // Readers written in Go lose attributes without a value; our own reader's case is in `hostile`.
+    let own = vec![value; usize::from(value) * 3 + 1];
     Ok(lsetxattr(path, name, fixed.unwrap_or(&own), XattrFlags::empty())?)
 }
 

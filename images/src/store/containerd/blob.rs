@@ -169,9 +169,10 @@ impl Ingest<'_> {
 
     /// Throws away what was written.
     pub async fn abort(self) -> Result<(), ContainerdError> {
-        let Self { store, reference, requests, answers, .. } = self;
-        // containerd holds the reference as long as the stream is open.
-        drop((requests, answers));
+        let Self { store, reference, requests, mut answers, .. } = self;
+        // containerd holds the reference until it has seen the end of the stream.
+        drop(requests);
+        while let Ok(Some(_)) = answers.message().await {}
         let request = store.request(AbortRequest { r#ref: reference })?;
         match store.client.content().abort(request).await {
             Err(status) if status.code() == Code::NotFound => Ok(()),
