@@ -154,6 +154,7 @@ struct Frame {
 }
 
 /// What is known of a folder when it is entered.
+#[derive(Clone, Copy)]
 struct State {
     replaced: bool,
     hidden: bool,

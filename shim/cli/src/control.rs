@@ -63,8 +63,6 @@ async fn within<T>(
 pub struct Hold {
     socket: PathBuf,
     stream: Streaming<HoldReply>,
-    /// How long it took to get there.
-    pub took: Duration,
 }
 
 impl Hold {
@@ -78,8 +76,8 @@ impl Hold {
         let refused = |status| refused(socket, &status);
         let mut stream = client.hold(HoldRequest { freeze }).await.map_err(refused)?.into_inner();
         let reply = stream.message().await.map_err(refused)?;
-        let reply = reply.ok_or_else(|| Error::LetGo { socket: socket.to_owned() })?;
-        Ok(Self { socket: socket.to_owned(), stream, took: Duration::from_micros(reply.micros) })
+        reply.ok_or_else(|| Error::LetGo { socket: socket.to_owned() })?;
+        Ok(Self { socket: socket.to_owned(), stream })
     }
 
     /// Lets the container run on. Fails if it did so before.

@@ -114,16 +114,12 @@ async fn pass_on(mut archive: Streaming<UpperChunk>, caller: mpsc::Sender<Result
 
 /// Holds the container for as long as the caller listens.
 async fn hold(handle: Handle, freeze: bool, caller: mpsc::Sender<Result<HoldReply, Status>>) {
-    let held = match handle.ask_container(|answer| ContainerRequest::Hold(freeze, answer)).await {
-        Ok(held) => held,
-        Err(error) => {
-            // A caller that has gone needs no answer.
-            let _ = caller.send(Err(status(&error))).await;
-            return;
-        }
-    };
-    let micros = u64::try_from(held.as_micros()).unwrap_or(u64::MAX);
-    if caller.send(Ok(HoldReply { micros })).await.is_ok() {
+    if let Err(error) = handle.ask_container(|answer| ContainerRequest::Hold(freeze, answer)).await {
+        // A caller that has gone needs no answer.
+        let _ = caller.send(Err(status(&error))).await;
+        return;
+    }
+    if caller.send(Ok(HoldReply {})).await.is_ok() {
         caller.closed().await;
     }
     if let Err(error) = handle.ask_container(ContainerRequest::Release).await {

@@ -4,7 +4,6 @@
 //! driver carries it out all the same.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tonic::Streaming;
@@ -80,8 +79,8 @@ pub enum ContainerRequest {
     Pause(Answer<()>),
     /// Thaws it.
     Resume(Answer<()>),
-    /// Freezes it, when told so, and writes its changes back, until released; how long that took.
-    Hold(bool, Answer<Duration>),
+    /// Freezes it, when told so, and writes its changes back, until released.
+    Hold(bool, Answer<()>),
     /// Ends the hold.
     Release(Answer<()>),
     /// Begins to read the upper folder that it keeps in the guest.

@@ -11,7 +11,6 @@
 
 use std::time::Duration;
 
-use tokio::time::Instant;
 use tonic::Streaming;
 use vmctr_proto::agent::{Empty, UpperChunk};
 
@@ -30,16 +29,12 @@ pub(super) struct Held {
 }
 
 impl Container {
-    /// Freezes the processes that run, if wished, and writes the guest's changes to the share. Returns how
-    /// long that took. A container whose VM has ended has nothing to write.
-    pub async fn hold(&mut self, freeze: bool) -> Result<Duration> {
+    /// Freezes the processes that run, if wished, and writes the guest's changes to the share. A
+    /// container whose VM has ended has nothing to write.
+    pub async fn hold(&mut self, freeze: bool) -> Result<()> {
         self.check_not_held()?;
-        let begun = Instant::now();
-        if self.session.is_none() {
-            self.held = Some(Held { froze: false });
-            return Ok(begun.elapsed());
-        }
-        let froze = freeze && self.init()?.process.phase() == Phase::Running;
+        let running = self.session.is_some() && self.init()?.process.phase() == Phase::Running;
+        let froze = freeze && running;
         if froze {
             self.freeze_in_guest().await?;
         }
@@ -51,7 +46,7 @@ impl Container {
             return Err(error);
         }
         self.held = Some(Held { froze });
-        Ok(begun.elapsed())
+        Ok(())
     }
 
     /// Ends the hold: what it froze runs on.
