@@ -75,8 +75,11 @@ impl Container {
         if exec_id.is_empty() {
             hooks::run_all(&self.hooks, Moment::PostStart, &self.hook_state("running")).await;
         }
-        if let Some(size) = size {
-            self.resize(exec_id, size).await?;
+        // The process runs, which containerd has heard: a terminal of the wrong size does not undo that.
+        if let Some(size) = size
+            && let Err(error) = self.resize(exec_id, size).await
+        {
+            warn!(exec_id, "{}", chain(&error));
         }
         Ok(self.pid)
     }
