@@ -25,6 +25,13 @@ pub fn command_line(pid: u32) -> String {
     String::from_utf8_lossy(&bytes).replace('\0', " ").trim_end().to_owned()
 }
 
+/// What a process is and does, for a message: a command line is gone before the process is.
+pub fn describe(pid: u32) -> String {
+    let text = |file: &str| fs::read_to_string(of(pid).join(file)).unwrap_or_default();
+    let state = status_field(pid, "State").unwrap_or_default();
+    format!("{} ({state}, waits in {:?}) {}", program(pid), text("wchan"), command_line(pid))
+}
+
 /// Name of its executable.
 pub fn program(pid: u32) -> String {
     fs::read_to_string(of(pid).join("comm")).unwrap_or_default().trim_end().to_owned()

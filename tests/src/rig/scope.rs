@@ -24,7 +24,7 @@ use super::command::POLL;
 use super::{prerequisites, proc};
 
 /// How long the last remains of a test may take to go.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A test's corner of the host.
 pub struct Scope {
@@ -77,7 +77,7 @@ impl Scope {
 
     fn look(&self) -> Vec<String> {
         let processes =
-            self.processes().into_iter().map(|pid| format!("process {pid}: {}", proc::command_line(pid)));
+            self.processes().into_iter().map(|pid| format!("process {pid}: {}", proc::describe(pid)));
         let mounts = self.mounts().into_iter().map(|path| format!("mount {}", path.display()));
         let cgroups = self.cgroups().into_iter().map(|path| format!("cgroup {}", path.display()));
         processes.chain(mounts).chain(cgroups).chain(self.sockets()).collect()
