@@ -105,6 +105,8 @@ pub enum Note {
     Vanished(TreePath),
     /// An attribute without a value is in the layer, but common readers of tar take that for its absence.
     EmptyXattr(TreePath, String),
+    /// A folder lost an attribute; a layer tells what there is, and some tools keep what was there.
+    LostXattr(TreePath, String),
 }
 
 impl std::fmt::Display for Note {
@@ -114,6 +116,9 @@ impl std::fmt::Display for Note {
             Self::Vanished(path) => write!(f, "{path} vanished while it was read"),
             Self::EmptyXattr(path, name) => {
                 write!(f, "{path} has the attribute {name} without a value, which other tools may leave out")
+            }
+            Self::LostXattr(path, name) => {
+                write!(f, "{path} lost the attribute {name}, which other tools may keep from the base")
             }
         }
     }
@@ -372,13 +377,29 @@ impl<'a> Walk<'a> {
         let within = path.starts_with(&self.subtree);
         let hide = within && replaced && !hidden && !base.0.is_empty();
         let changed = within && (hide || hidden || !self.same_dir(&path, &view, &base)?);
+        if within && !hidden {
+            self.note_lost_xattrs(&path, &view, &base)?;
+        }
         let state = State { replaced, hidden: hidden || hide, changed, in_base };
-        self.push(path.clone(), view, base, state)?;
+        self.push(path.clone(), view, base, &state)?;
         if changed {
             self.say_unsaid();
         }
         if hide {
             self.say(path, What::Opaque, true);
+        }
+        Ok(())
+    }
+
+    fn note_lost_xattrs(&mut self, path: &TreePath, view: &View, base: &View) -> Result<(), WalkError> {
+        let (Some(now), Some(before)) = (view.top(), base.top()) else { return Ok(()) };
+        let (now, before) = (now.node(self.layers)?, before.node(self.layers)?);
+        if now.stat.id == before.stat.id {
+            return Ok(());
+        }
+        let (now, before) = (self.attributes(&now, path)?.1, self.attributes(&before, path)?.1);
+        for name in before.keys().filter(|name| !now.contains_key(*name)) {
+            self.note(Note::LostXattr(path.clone(), Escaped(name).to_string()));
         }
         Ok(())
     }
@@ -393,7 +414,7 @@ impl<'a> Walk<'a> {
         }
     }
 
-    fn push(&mut self, path: TreePath, view: View, base: View, state: State) -> Result<(), WalkError> {
+    fn push(&mut self, path: TreePath, view: View, base: View, state: &State) -> Result<(), WalkError> {
         let Some(top) = view.top() else { return Ok(()) };
         let node = top.node(self.layers)?;
         let (_, xattrs) = self.attributes(&node, &path)?;
@@ -401,7 +422,7 @@ impl<'a> Walk<'a> {
         let what = if state.changed { What::Entry(entry) } else { What::Parent(entry) };
         let unsaid = Some(Change { path: path.clone(), what, in_base: state.in_base });
         let names = self.names(&path, &view, state.replaced);
-        let State { replaced, hidden, .. } = state;
+        let State { replaced, hidden, .. } = *state;
         self.frames.push(Frame { path, view, base, replaced, hidden, names, unsaid, stat: node.stat });
         Ok(())
     }
