@@ -1,6 +1,8 @@
 //! What a commit leaves in the stores: the same bytes for the same changes, and nothing half-made
 //! wherever it is killed.
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 mod rig;
 
 use std::fs;
@@ -44,7 +46,8 @@ fn example(dir: &tempfile::TempDir) -> [PathBuf; 2] {
     fs::create_dir_all(lower.join("gone/deeper")).unwrap();
     fs::create_dir_all(lower.join("replaced/old")).unwrap();
     fs::write(lower.join("same"), "same").unwrap();
-    fs::write(upper.join("big"), (0..3_000_000u32).map(|n| (n * n >> 7) as u8).collect::<Vec<_>>()).unwrap();
+    fs::write(upper.join("big"), (0..3_000_000u32).map(|n| ((n * n) >> 7) as u8).collect::<Vec<_>>())
+        .unwrap();
     fs::write(upper.join("same"), "same").unwrap();
     for path in [lower.join("same"), upper.join("same")] {
         fs::File::open(path).unwrap().set_modified(fixed_time()).unwrap();

@@ -1,5 +1,7 @@
 //! A guest that makes its upper as awkward as it can, and layers made by nobody's friend.
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 mod rig;
 
 use std::fs;

@@ -7,6 +7,8 @@
 //!                                    └─ our own merged view ────────────────────┘  view
 //! ```
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 mod rig;
 
 use std::cell::RefCell;

@@ -159,7 +159,8 @@ const XATTRS: [(&str, Option<&[u8]>); 6] = [
     ("system.posix_acl_default", Some(ACL)),
 ];
 
-/// Its place among the attributes.
+/// Places among the attributes.
+pub const TRUSTED: u8 = 2;
 pub const DEFAULT_ACL: u8 = 5;
 
 /// u::rwx, u:1234:r--, g::r-x, m::r-x, o::---
