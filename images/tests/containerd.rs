@@ -129,7 +129,9 @@ fn same_as_mounted(daemon: &Daemon, dir: &Path, name: &str, snapshotter: &str, m
     fs::create_dir_all(&target).unwrap();
     let path = target.to_str().unwrap();
     daemon.ctr(&["image", "mount", "--snapshotter", snapshotter, name, path]);
-    let found = differences(&target, merged);
+    let mut found = differences(&target, merged);
+    // The native snapshotter copies a tree for each view, all but its root's time.
+    found.retain(|difference| snapshotter != "native" || !difference.path.is_root());
     daemon.ctr(&["image", "unmount", "--rm", "--snapshotter", snapshotter, path]);
     assert!(found.is_empty(), "{name}:\n{}", show(&found));
 }
@@ -166,12 +168,12 @@ fn what_containerd_shows_is_what_the_container_saw() {
         let options = "index=off,redirect_dir=on,metacopy=on";
         let base = folder(&dir, "base");
         ops::run(&base, &stages[0]);
-        let first = Overlay::mount(&folder(&dir, "1"), &[base.clone()], options);
+        let first = Overlay::mount(&folder(&dir, "1"), std::slice::from_ref(&base), options);
         ops::run(&first.merged, &stages[1]);
         let lowers = [first.upper.clone(), base];
         let second = Overlay::mount(&folder(&dir, "2"), &lowers, options);
         ops::run(&second.merged, &stages[2]);
-        let stack = [&[second.upper.clone()], &lowers[..]].concat();
+        let stack = [std::slice::from_ref(&second.upper), &lowers[..]].concat();
 
         let parsed = import_base(&daemon, dir.path(), &lowers, snapshotter);
         let name = format!("docker.io/test/new:{number}");
