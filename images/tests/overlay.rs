@@ -66,7 +66,7 @@ fn with_case(
 
 impl Case<'_> {
     fn same(&self, what: &str, is: &Path) -> Result<(), TestCaseError> {
-        let found = differences(is, &self.overlay.merged);
+        let found = rig::without_split_links(differences(is, &self.overlay.merged), &rig::notes(&self.stack));
         prop_assert!(found.is_empty(), "{what}:\n{}", show(&found));
         Ok(())
     }
@@ -176,7 +176,6 @@ impl Case<'_> {
 
 fn property(options: &'static str, cases: u32) {
     private_mounts();
-    let cases = std::env::var("VMCTR_CASES").map_or(cases, |cases| cases.parse().unwrap());
     let config = Config { cases, failure_persistence: None, ..Config::default() };
     let stages = (ops::ops(60), ops::ops(30), ops::ops(40)).prop_map(|(a, b, c)| vec![a, b, c]);
     let (seen, number) = (RefCell::new(BTreeMap::new()), RefCell::new(0));
@@ -187,7 +186,7 @@ fn property(options: &'static str, cases: u32) {
         case.count(&seen);
         *number.borrow_mut() += 1;
         // umoci takes its time.
-        if true { case.umoci() } else { Ok(()) }
+        if *number.borrow() % 5 == 0 { case.umoci() } else { Ok(()) }
     };
     TestRunner::new(config).run(&stages, |stages| with_case(options, &stages, &check)).unwrap();
     // A generator that makes nothing of a kind would prove nothing about it.

@@ -107,6 +107,9 @@ pub enum Note {
     EmptyXattr(TreePath, String),
     /// A folder lost an attribute; a layer tells what there is, and some tools keep what was there.
     LostXattr(TreePath, String),
+    /// A file of a renamed folder shared its inode with files elsewhere in the base; in the image it is
+    /// a file of its own.
+    SplitLink(TreePath),
 }
 
 impl std::fmt::Display for Note {
@@ -116,6 +119,12 @@ impl std::fmt::Display for Note {
             Self::Vanished(path) => write!(f, "{path} vanished while it was read"),
             Self::EmptyXattr(path, name) => {
                 write!(f, "{path} has the attribute {name} without a value, which other tools may leave out")
+            }
+            Self::SplitLink(path) => {
+                write!(
+                    f,
+                    "{path} may have had hard links outside its renamed folder; it is a file of its own now"
+                )
             }
             Self::LostXattr(path, name) => {
                 write!(f, "{path} lost the attribute {name}, which other tools may keep from the base")
@@ -130,6 +139,7 @@ const MAX_NOTES: usize = 1000;
 /// A walk over the changes.
 pub struct Walk<'a> {
     layers: &'a Layers,
+    scope: Scope,
     consistency: Consistency,
     subtree: TreePath,
     frames: Vec<Frame>,
@@ -186,6 +196,7 @@ impl<'a> Walk<'a> {
         let base = if everything { View::default() } else { layers.root(1).at(&root)? };
         let mut walk = Self {
             layers,
+            scope,
             consistency,
             subtree,
             frames: Vec::new(),
@@ -209,6 +220,7 @@ impl<'a> Walk<'a> {
                 return Ok(Some(change));
             }
             if self.frames.is_empty() {
+                self.note_split_links();
                 return Ok(None);
             }
             match self.step() {
@@ -251,6 +263,13 @@ impl<'a> Walk<'a> {
     /// What was left out so far, and how many further notes were not kept.
     pub fn notes(&self) -> (&[Note], u64) {
         (&self.notes, self.notes_dropped)
+    }
+
+    fn note_split_links(&mut self) {
+        let split = self.links.split();
+        if self.scope == Scope::Changes {
+            split.into_iter().for_each(|path| self.note(Note::SplitLink(path)));
+        }
     }
 
     fn note_empty_xattrs(&mut self, change: &Change) {
@@ -326,7 +345,7 @@ impl<'a> Walk<'a> {
         }
         let (marks, xattrs) = self.attributes(&leaf.node, &path)?;
         check_index(&leaf.node, &marks, base, &path)?;
-        let kind = match self.links.seen(&path, &leaf.node.stat)? {
+        let kind = match self.links.seen(&path, &leaf.node.stat, leaf.layer > 0)? {
             Some(first) => EntryKind::Link(first),
             None => kind_of(leaf, &path)?,
         };
