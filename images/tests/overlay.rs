@@ -189,6 +189,7 @@ fn property(options: &'static str, cases: u32) {
         if *number.borrow() % 5 == 0 { case.umoci() } else { Ok(()) }
     };
     TestRunner::new(config).run(&stages, |stages| with_case(options, &stages, &check)).unwrap();
+    println!("{:?}", seen.borrow());
     // A generator that makes nothing of a kind would prove nothing about it.
     for kind in ["opaque", "whiteout", "parent", "dir", "file", "link", "symlink", "fifo", "device"] {
         assert!(seen.borrow().contains_key(kind), "no {kind} in {:?}", seen.borrow());
