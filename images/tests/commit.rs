@@ -90,7 +90,7 @@ fn an_attribute_that_a_folder_lost_is_noted() {
     let layers = layers(&folders);
     let mut walk = Walk::new(&layers, Scope::Changes, Consistency::Frozen, TreePath::root()).unwrap();
     while walk.next_change().unwrap().is_some() {}
-    assert_eq!(walk.notes().0, [Note::LostXattr(TreePath::parse(b"d").unwrap(), "user.a".into())]);
+    assert_eq!(walk.notes().kept, [Note::LostXattr(TreePath::parse(b"d").unwrap(), "user.a".into())]);
 }
 
 #[test]

@@ -74,7 +74,7 @@ fn special_files_are_recorded_and_never_opened() {
         names.push(change.path.to_string());
     }
     assert_eq!(names, ["/", "/disk", "/fifo", "/tape"]);
-    assert_eq!(walk.notes().0, [Note::Socket(TreePath::parse(b"socket").unwrap())]);
+    assert_eq!(walk.notes().kept, [Note::Socket(TreePath::parse(b"socket").unwrap())]);
 }
 
 #[test]
@@ -191,7 +191,7 @@ fn attributes_of_all_sizes_survive_and_empty_ones_are_noted() {
     let mut walk = walk(&layers, Scope::Changes);
     while walk.next_change().unwrap().is_some() {}
     let expected = Note::EmptyXattr(TreePath::parse(b"0").unwrap(), "user.a".into());
-    assert_eq!(walk.notes().0, [expected]);
+    assert_eq!(walk.notes().kept, [expected]);
 }
 
 #[test]

@@ -121,7 +121,7 @@ pub fn notes(folders: &[PathBuf]) -> Vec<Note> {
     let layers = layers(folders);
     let mut walk = walk(&layers, Scope::Changes);
     while walk.next_change().unwrap().is_some() {}
-    walk.notes().0.to_vec()
+    walk.notes().kept.clone()
 }
 
 pub fn show(differences: &[Difference]) -> String {
