@@ -15,7 +15,7 @@ use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use proptest::prelude::*;
 use rustix::fs::{XattrFlags, lremovexattr, lsetxattr};
 
-/// A place: up to three names of the set.
+/// A place: up to four names of the set, mostly one or two.
 pub type Place = Vec<u8>;
 
 const NAMES: &[&[u8]] = &[b"a", b"b", b"a.d", b"new\nline", b"\xff\xfe"];
@@ -43,7 +43,11 @@ pub enum Op {
 }
 
 fn place() -> impl Strategy<Value = Place> {
-    proptest::collection::vec(0..NAMES.len() as u8, 1..4)
+    let name = 0..NAMES.len() as u8;
+    prop_oneof![
+        3 => proptest::collection::vec(name.clone(), 1..3),
+        1 => proptest::collection::vec(name, 3..5),
+    ]
 }
 
 pub fn op() -> impl Strategy<Value = Op> {
@@ -62,7 +66,7 @@ pub fn op() -> impl Strategy<Value = Op> {
         1 => (place(), any::<i32>(), 0u32..1_000_000_000).prop_map(|(p, s, n)| Op::Touch(p, s, n)),
         2 => (place(), 0u8..6, any::<u8>()).prop_map(|(p, n, v)| Op::Xattr(p, n, v)),
         1 => (place(), 0u8..6).prop_map(|(p, n)| Op::DropXattr(p, n)),
-        1 => (place(), any::<u8>()).prop_map(|(p, n)| Op::Node(p, n)),
+        2 => (place(), any::<u8>()).prop_map(|(p, n)| Op::Node(p, n)),
         2 => place().prop_map(Op::Nothing),
     ]
 }
@@ -108,7 +112,13 @@ fn one(root: &Path, op: &Op) -> std::io::Result<()> {
             fs::create_dir(path(root, at))
         }
         Op::Rename(from, to) => fs::rename(path(root, from), new_path(root, to)),
-        Op::Link(from, to) => fs::hard_link(path(root, from), new_path(root, to)),
+        Op::Link(from, to) => {
+            let from = new_path(root, from);
+            if from.symlink_metadata().is_err() {
+                fs::write(&from, "linked")?;
+            }
+            fs::hard_link(from, new_path(root, to))
+        }
         Op::Symlink(at, n) => {
             symlink(OsStr::from_bytes(&content(u16::from(*n) + 1)[..1 + *n as usize]), path(root, at))
         }
