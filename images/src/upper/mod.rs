@@ -6,7 +6,7 @@
 //! lower n ┘  (whiteouts, opaque, redirects)
 //! ```
 //!
-//! The upper is hostile: it is only opened through [`crate::beneath`], it may change at any time, and
+//! The upper is hostile: it is only opened through `beneath`, it may change at any time, and
 //! its names, links, depth and attributes are all bounded.
 
 mod change;
