@@ -20,7 +20,7 @@ use crate::layer::{LayerError, LayerInfo, LayerOptions, LayerWriter, Totals};
 use crate::path::TreePath;
 use crate::store::{Layout, StoreError, containerd, nameless_beside, write_archive};
 use crate::tree::{NewFolder, NewFolderError, fill_folder, write_new_folder};
-use crate::upper::{Consistency, Layers, Namespace, Note, Scope, Walk, WalkError};
+use crate::upper::{Consistency, Layers, Namespace, Notes, Scope, Walk, WalkError};
 
 /// Why a commit fails.
 #[derive(Debug, thiserror::Error)]
@@ -74,22 +74,6 @@ impl<'a> Changes<'a> {
     }
 }
 
-/// Where notes on what was left out go.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Notes {
-    /// The first of them.
-    pub kept: Vec<Note>,
-    /// How many more there were.
-    pub more: u64,
-}
-
-impl Notes {
-    fn of(walk: &Walk<'_>) -> Self {
-        let (kept, more) = walk.notes();
-        Self { kept: kept.to_vec(), more }
-    }
-}
-
 /// Copies the changes to the new folder `dir`, which must not exist.
 pub fn capture(
     changes: &Changes<'_>,
@@ -99,7 +83,7 @@ pub fn capture(
 ) -> Result<(NewFolder, Notes), CommitError> {
     let mut walk = changes.walk(consistency)?;
     let written = write_new_folder(&mut walk, dir, namespace, consistency)?;
-    Ok((written, Notes::of(&walk)))
+    Ok((written, walk.notes().clone()))
 }
 
 /// Writes the changes as a layer to `sink`; nothing may change meanwhile.
@@ -115,7 +99,7 @@ pub fn layer<W: Write>(
         writer.add(&change, progress)?;
     }
     let (sink, info) = writer.finish()?;
-    Ok((sink, info, Notes::of(&walk)))
+    Ok((sink, info, walk.notes().clone()))
 }
 
 /// Finds a blob of the base image; `None` if it is gone.

@@ -1,6 +1,8 @@
 //! What a commit leaves in the stores: the same bytes for the same changes, and nothing half-made
 //! wherever it is killed.
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 mod rig;
 
 use std::fs;
@@ -19,7 +21,7 @@ use vmctr_images::layer::{Compression, LayerOptions, LayerReader};
 use vmctr_images::path::TreePath;
 use vmctr_images::store::Layout;
 use vmctr_images::tree::{NewFolderError, compare, write_new_folder};
-use vmctr_images::upper::{Consistency, Namespace, Scope, Status, Walk, diff};
+use vmctr_images::upper::{Consistency, Namespace, Note, Scope, Status, Walk, diff};
 
 const TIME: i64 = 1_500_000_000;
 
@@ -44,7 +46,8 @@ fn example(dir: &tempfile::TempDir) -> [PathBuf; 2] {
     fs::create_dir_all(lower.join("gone/deeper")).unwrap();
     fs::create_dir_all(lower.join("replaced/old")).unwrap();
     fs::write(lower.join("same"), "same").unwrap();
-    fs::write(upper.join("big"), (0..3_000_000u32).map(|n| (n * n >> 7) as u8).collect::<Vec<_>>()).unwrap();
+    fs::write(upper.join("big"), (0..3_000_000u32).map(|n| ((n * n) >> 7) as u8).collect::<Vec<_>>())
+        .unwrap();
     fs::write(upper.join("same"), "same").unwrap();
     for path in [lower.join("same"), upper.join("same")] {
         fs::File::open(path).unwrap().set_modified(fixed_time()).unwrap();
@@ -76,6 +79,18 @@ fn a_diff_tells_what_docker_would() {
         "A /second",
     ];
     assert_eq!(lines, expected);
+}
+
+#[test]
+fn an_attribute_that_a_folder_lost_is_noted() {
+    let dir = tempfile::tempdir().unwrap();
+    let folders = ["upper", "lower"].map(|name| folder(&dir, name));
+    folders.iter().for_each(|path| fs::create_dir(path.join("d")).unwrap());
+    lsetxattr(folders[1].join("d"), "user.a", b"1", XattrFlags::empty()).unwrap();
+    let layers = layers(&folders);
+    let mut walk = Walk::new(&layers, Scope::Changes, Consistency::Frozen, TreePath::root()).unwrap();
+    while walk.next_change().unwrap().is_some() {}
+    assert_eq!(walk.notes().kept, [Note::LostXattr(TreePath::parse(b"d").unwrap(), "user.a".into())]);
 }
 
 #[test]

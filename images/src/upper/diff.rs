@@ -2,8 +2,9 @@
 
 use std::fmt;
 
+use super::change::What;
 use super::error::WalkError;
-use super::walk::{Walk, What};
+use super::walk::Walk;
 use crate::path::TreePath;
 
 /// What happened to a path.

@@ -21,11 +21,17 @@ pub(super) struct Links {
 struct Group {
     first: TreePath,
     missing: u32,
+    from_lower: bool,
 }
 
 impl Links {
     /// The path that was told first for this inode; `None` if this is the first one.
-    pub(super) fn seen(&mut self, path: &TreePath, stat: &Stat) -> Result<Option<TreePath>, WalkError> {
+    pub(super) fn seen(
+        &mut self,
+        path: &TreePath,
+        stat: &Stat,
+        from_lower: bool,
+    ) -> Result<Option<TreePath>, WalkError> {
         if stat.nlink < 2 {
             return Ok(None);
         }
@@ -41,8 +47,16 @@ impl Links {
         if self.bytes > MAX_LINK_BYTES {
             return Err(WalkError::TooManyLinks(path.clone()));
         }
-        self.open.insert(stat.id, Group { first: path.clone(), missing: stat.nlink - 1 });
+        self.open.insert(stat.id, Group { first: path.clone(), missing: stat.nlink - 1, from_lower });
         Ok(None)
+    }
+
+    /// The first paths of a lower layer's groups of which not all links were told, in order.
+    pub(super) fn split(&mut self) -> Vec<TreePath> {
+        let open = std::mem::take(&mut self.open).into_values().filter(|group| group.from_lower);
+        let mut paths: Vec<_> = open.map(|group| group.first).collect();
+        paths.sort();
+        paths
     }
 }
 

@@ -6,25 +6,30 @@
 //! lower n ┘  (whiteouts, opaque, redirects)
 //! ```
 //!
-//! The upper is hostile: it is only opened through [`crate::beneath`], it may change at any time, and
+//! The upper is hostile: it is only opened through `beneath`, it may change at any time, and
 //! its names, links, depth and attributes are all bounded.
 
+mod change;
 mod content;
 mod diff;
 mod error;
+mod index;
 mod links;
 mod marks;
 mod names;
+mod note;
 mod same;
 mod view;
 mod walk;
 
+pub use change::{Change, Consistency, Entry, EntryKind, Scope, What};
 pub use content::{Content, ContentReader, Piece};
 pub use diff::{Status, diff};
 pub use error::WalkError;
 pub use marks::Namespace;
+pub use note::{Note, Notes};
 pub use view::{Layers, OpenError};
-pub use walk::{Change, Consistency, Entry, EntryKind, Note, Scope, Walk, What};
+pub use walk::Walk;
 
 pub(crate) use content::same_bytes;
 pub(crate) use marks::{escape, is_content};

@@ -29,7 +29,8 @@ pub(super) fn same_metadata(
     Ok(own(one)? == own(other)?)
 }
 
-/// Whether `leaf` shows exactly what `base` shows. A hard link never does: its group is a change.
+/// Whether `leaf` shows exactly what `base` shows. A hard link never does: one in the upper is new, and
+/// one in the base was broken when the file was copied up.
 pub(super) fn same_leaf(
     leaf: &Leaf,
     base: &Leaf,
@@ -39,7 +40,8 @@ pub(super) fn same_leaf(
     if leaf.node.stat.id == base.node.stat.id {
         return Ok(true);
     }
-    if leaf.node.stat.nlink > 1 || !same_metadata(&leaf.node, &base.node, namespace, place)? {
+    let linked = leaf.node.stat.nlink > 1 || base.node.stat.nlink > 1;
+    if linked || !same_metadata(&leaf.node, &base.node, namespace, place)? {
         return Ok(false);
     }
     match leaf.node.stat.kind {

@@ -147,6 +147,8 @@ pub(super) enum Found {
 /// Anything but a folder.
 pub(super) struct Leaf {
     pub node: Node,
+    /// In which layer it was found.
+    pub layer: usize,
     /// Where the bytes are if `node` has only the metadata.
     pub data: Option<Node>,
 }
@@ -180,7 +182,7 @@ impl View {
                 Step::Whiteout if search.dirs.is_empty() => return Ok(Found::Whiteout),
                 Step::Leaf(node) if search.dirs.is_empty() => {
                     let data = self.data_of(layers, &node, dir, &search.name, place)?;
-                    return Ok(Found::Leaf(Leaf { node, data }));
+                    return Ok(Found::Leaf(Leaf { node, layer: dir.layer, data }));
                 }
                 Step::Whiteout | Step::Leaf(_) | Step::End => break,
             }

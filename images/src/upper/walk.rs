@@ -13,125 +13,29 @@ use std::collections::VecDeque;
 
 use rustix::fs::FileType;
 
-use super::content::Content;
+use super::change::{Change, Consistency, Entry, EntryKind, Scope, What};
 use super::error::{At, MAX_DEPTH, WalkError};
+use super::index::check_index;
 use super::links::Links;
 use super::marks::Marks;
 use super::names::MergedNames;
+use super::note::{Note, Notes};
 use super::same::{content, same_leaf, same_metadata};
 use super::view::{Found, Layers, Leaf, View};
 use crate::beneath::Node;
-use crate::meta::{Device, Meta, Stat, Xattrs};
+use crate::meta::{Stat, Xattrs};
 use crate::path::{Escaped, TreePath};
-
-/// Which part of the merged view is told.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Scope {
-    /// What the first layer changes against the others.
-    Changes,
-    /// All that the layers together show.
-    Everything,
-}
-
-/// Whether somebody may be writing to the upper.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Consistency {
-    /// Nobody: any change is an error.
-    Frozen,
-    /// What vanishes meanwhile is treated as if it had never been there.
-    Live,
-}
-
-/// One statement of a layer.
-#[derive(Debug)]
-pub struct Change {
-    /// Where.
-    pub path: TreePath,
-    /// What is there now.
-    pub what: What,
-    /// Whether the base shows something under this path.
-    pub in_base: bool,
-}
-
-/// What a layer says of a path.
-#[derive(Debug)]
-pub enum What {
-    /// It is this now.
-    Entry(Entry),
-    /// A folder that did not change itself, but holds changes.
-    Parent(Entry),
-    /// The base's entry is gone.
-    Whiteout,
-    /// Nothing of the base's folder shows; follows the folder's entry.
-    Opaque,
-}
-
-/// An inode as the container sees it.
-#[derive(Debug)]
-pub struct Entry {
-    /// Owner, permissions, time.
-    pub meta: Meta,
-    /// The container's own attributes.
-    pub xattrs: Xattrs,
-    /// What it is.
-    pub kind: EntryKind,
-}
-
-/// What an inode is.
-#[derive(Debug)]
-pub enum EntryKind {
-    /// A folder.
-    Dir,
-    /// A regular file.
-    File(Content),
-    /// A further name of an inode that came before.
-    Link(TreePath),
-    /// A symbolic link to these bytes.
-    Symlink(Vec<u8>),
-    /// A character device.
-    Char(Device),
-    /// A block device.
-    Block(Device),
-    /// A named pipe.
-    Fifo,
-}
-
-/// Something that a layer cannot say and that is no error.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Note {
-    /// A socket was left out.
-    Socket(TreePath),
-    /// An entry vanished while it was read.
-    Vanished(TreePath),
-    /// An attribute without a value is in the layer, but common readers of tar take that for its absence.
-    EmptyXattr(TreePath, String),
-}
-
-impl std::fmt::Display for Note {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Socket(path) => write!(f, "{path} is a socket and was left out"),
-            Self::Vanished(path) => write!(f, "{path} vanished while it was read"),
-            Self::EmptyXattr(path, name) => {
-                write!(f, "{path} has the attribute {name} without a value, which other tools may leave out")
-            }
-        }
-    }
-}
-
-/// More notes than anybody reads; further ones are only counted.
-const MAX_NOTES: usize = 1000;
 
 /// A walk over the changes.
 pub struct Walk<'a> {
     layers: &'a Layers,
+    scope: Scope,
     consistency: Consistency,
     subtree: TreePath,
     frames: Vec<Frame>,
     links: Links,
     ready: VecDeque<Change>,
-    notes: Vec<Note>,
-    notes_dropped: u64,
+    notes: Notes,
     /// The root, if nothing at all was told.
     silent_root: Option<Change>,
 }
@@ -182,13 +86,13 @@ impl<'a> Walk<'a> {
         let base = if everything { View::default() } else { layers.root(1).at(&root)? };
         let mut walk = Self {
             layers,
+            scope,
             consistency,
             subtree,
             frames: Vec::new(),
             links: Links::default(),
             ready: VecDeque::new(),
-            notes: Vec::new(),
-            notes_dropped: 0,
+            notes: Notes::default(),
             silent_root: None,
         };
         let replaced = everything || view.top().is_some_and(|top| top.opaque);
@@ -205,6 +109,7 @@ impl<'a> Walk<'a> {
                 return Ok(Some(change));
             }
             if self.frames.is_empty() {
+                self.note_split_links();
                 return Ok(None);
             }
             match self.step() {
@@ -216,7 +121,7 @@ impl<'a> Walk<'a> {
 
     /// Goes on after something has vanished: with the next name, or above if the folder is gone.
     fn skip(&mut self, path: TreePath) {
-        self.note(Note::Vanished(path));
+        self.notes.add(Note::Vanished(path));
         let gone = |frame: &Frame| frame.view.0.iter().any(|dir| dir.node(self.layers).is_err());
         if self.frames.last().is_some_and(gone) {
             self.frames.pop();
@@ -244,22 +149,22 @@ impl<'a> Walk<'a> {
         Ok(hidden)
     }
 
-    /// What was left out so far, and how many further notes were not kept.
-    pub fn notes(&self) -> (&[Note], u64) {
-        (&self.notes, self.notes_dropped)
+    /// What there is to note so far.
+    pub fn notes(&self) -> &Notes {
+        &self.notes
+    }
+
+    fn note_split_links(&mut self) {
+        let split = self.links.split();
+        if self.scope == Scope::Changes {
+            split.into_iter().for_each(|path| self.notes.add(Note::SplitLink(path)));
+        }
     }
 
     fn note_empty_xattrs(&mut self, change: &Change) {
         let (What::Entry(entry) | What::Parent(entry)) = &change.what else { return };
         for (name, _) in entry.xattrs.iter().filter(|(_, value)| value.is_empty()) {
-            self.note(Note::EmptyXattr(change.path.clone(), Escaped(name).to_string()));
-        }
-    }
-
-    fn note(&mut self, note: Note) {
-        match self.notes.len() < MAX_NOTES {
-            true => self.notes.push(note),
-            false => self.notes_dropped += 1,
+            self.notes.add(Note::EmptyXattr(change.path.clone(), Escaped(name).to_string()));
         }
     }
 
@@ -284,7 +189,7 @@ impl<'a> Walk<'a> {
             Found::Absent if one_name => self.gone(path, &base, hidden),
             Found::Absent => self.vanished(path),
             Found::Leaf(leaf) if leaf.node.stat.kind == FileType::Socket => {
-                self.note(Note::Socket(path.clone()));
+                self.notes.add(Note::Socket(path.clone()));
                 self.gone(path, &base, hidden)
             }
             Found::Leaf(leaf) => self.leaf(path, &leaf, &base, hidden),
@@ -304,7 +209,7 @@ impl<'a> Walk<'a> {
         match self.consistency {
             Consistency::Frozen => Err(WalkError::Changed(path)),
             Consistency::Live => {
-                self.note(Note::Vanished(path));
+                self.notes.add(Note::Vanished(path));
                 Ok(())
             }
         }
@@ -322,7 +227,7 @@ impl<'a> Walk<'a> {
         }
         let (marks, xattrs) = self.attributes(&leaf.node, &path)?;
         check_index(&leaf.node, &marks, base, &path)?;
-        let kind = match self.links.seen(&path, &leaf.node.stat)? {
+        let kind = match self.links.seen(&path, &leaf.node.stat, leaf.layer > 0)? {
             Some(first) => EntryKind::Link(first),
             None => kind_of(leaf, &path)?,
         };
@@ -373,13 +278,29 @@ impl<'a> Walk<'a> {
         let within = path.starts_with(&self.subtree);
         let hide = within && replaced && !hidden && !base.0.is_empty();
         let changed = within && (hide || hidden || !self.same_dir(&path, &view, &base)?);
+        if within && !hidden {
+            self.note_lost_xattrs(&path, &view, &base)?;
+        }
         let state = State { replaced, hidden: hidden || hide, changed, in_base };
-        self.push(path.clone(), view, base, state)?;
+        self.push(path.clone(), view, base, &state)?;
         if changed {
             self.say_unsaid();
         }
         if hide {
             self.say(path, What::Opaque, true);
+        }
+        Ok(())
+    }
+
+    fn note_lost_xattrs(&mut self, path: &TreePath, view: &View, base: &View) -> Result<(), WalkError> {
+        let (Some(now), Some(before)) = (view.top(), base.top()) else { return Ok(()) };
+        let (now, before) = (now.node(self.layers)?, before.node(self.layers)?);
+        if now.stat.id == before.stat.id {
+            return Ok(());
+        }
+        let (now, before) = (self.attributes(&now, path)?.1, self.attributes(&before, path)?.1);
+        for name in before.keys().filter(|name| !now.contains_key(*name)) {
+            self.notes.add(Note::LostXattr(path.clone(), Escaped(name).to_string()));
         }
         Ok(())
     }
@@ -394,7 +315,7 @@ impl<'a> Walk<'a> {
         }
     }
 
-    fn push(&mut self, path: TreePath, view: View, base: View, state: State) -> Result<(), WalkError> {
+    fn push(&mut self, path: TreePath, view: View, base: View, state: &State) -> Result<(), WalkError> {
         let Some(top) = view.top() else { return Ok(()) };
         let node = top.node(self.layers)?;
         let (_, xattrs) = self.attributes(&node, &path)?;
@@ -402,7 +323,7 @@ impl<'a> Walk<'a> {
         let what = if state.changed { What::Entry(entry) } else { What::Parent(entry) };
         let unsaid = Some(Change { path: path.clone(), what, in_base: state.in_base });
         let names = self.names(&path, &view, state.replaced);
-        let State { replaced, hidden, .. } = state;
+        let State { replaced, hidden, .. } = *state;
         self.frames.push(Frame { path, view, base, replaced, hidden, names, unsaid, stat: node.stat });
         Ok(())
     }
@@ -481,43 +402,4 @@ fn kind_of(leaf: &Leaf, path: &TreePath) -> Result<EntryKind, WalkError> {
         FileType::Fifo => EntryKind::Fifo,
         _ => return Err(WalkError::Changed(path.clone())),
     })
-}
-
-/// With an index, one name in the upper may stand for others that are only in a lower layer.
-fn check_index(node: &Node, marks: &Marks, base: &Found, path: &TreePath) -> Result<(), WalkError> {
-    let Some(note) = marks.nlink.as_deref() else { return Ok(()) };
-    let in_base = if let Found::Leaf(leaf) = base { Some(leaf.node.stat.nlink) } else { None };
-    // The index itself is one of the upper inode's links.
-    let told = i64::from(node.stat.nlink) - 1;
-    match merged_nlink(note, node.stat.nlink, in_base) {
-        Some(merged) if merged <= told => Ok(()),
-        _ => Err(WalkError::Indexed(path.clone())),
-    }
-}
-
-/// The number of links that the container sees: noted as `U` or `L` and the distance to the upper or
-/// lower inode's own count.
-fn merged_nlink(note: &[u8], upper: u32, lower: Option<u32>) -> Option<i64> {
-    let (from, distance) = std::str::from_utf8(note).ok()?.split_at_checked(1)?;
-    let own = match from {
-        "U" => upper,
-        "L" => lower?,
-        _ => return None,
-    };
-    Some(i64::from(own) + distance.parse::<i64>().ok()?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::merged_nlink;
-
-    #[test]
-    fn the_overlays_notation_of_link_counts_is_read() {
-        assert_eq!(merged_nlink(b"U+1", 2, None), Some(3));
-        assert_eq!(merged_nlink(b"U-1", 2, None), Some(1));
-        assert_eq!(merged_nlink(b"L+0", 2, Some(4)), Some(4));
-        for bad in [b"".as_slice(), b"X+1", b"L+0", b"U", b"\xff"] {
-            assert_eq!(merged_nlink(bad, 2, None), None);
-        }
-    }
 }

@@ -15,8 +15,8 @@ use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
 use vmctr_images::layer::{LayerInfo, LayerOptions, LayerReader, LayerWriter};
 use vmctr_images::path::TreePath;
-use vmctr_images::tree::{Difference, Form, Tree, apply, compare};
-use vmctr_images::upper::{Consistency, Layers, Namespace, Scope, Walk};
+use vmctr_images::tree::{Difference, Form, How, Tree, apply, compare};
+use vmctr_images::upper::{Consistency, Layers, Namespace, Note, Scope, Walk};
 
 pub const LIMIT: u64 = 1 << 32;
 
@@ -98,6 +98,30 @@ pub fn apply_layer(file: &Path, info: &LayerInfo, root: &Path) {
 pub fn differences(is: &Path, should: &Path) -> Vec<Difference> {
     let (is, should) = (layers(&[is.to_owned()]), layers(&[should.to_owned()]));
     compare(tree(&is), tree(&should), 100).unwrap()
+}
+
+/// Without what was noted: hard links that a renamed folder shared with files that stayed.
+pub fn without_split_links(mut differences: Vec<Difference>, notes: &[Note]) -> Vec<Difference> {
+    let split: Vec<String> = notes
+        .iter()
+        .filter_map(|note| if let Note::SplitLink(path) = note { Some(path.to_string()) } else { None })
+        .collect();
+    differences.retain(|difference| match &difference.how {
+        How::Kind(is, should) if is == "a file" => {
+            let other = should.strip_prefix("a hard link to ").unwrap_or_default();
+            !split.contains(&difference.path.to_string()) && !split.iter().any(|path| path == other)
+        }
+        _ => true,
+    });
+    differences
+}
+
+/// What is noted of the changes.
+pub fn notes(folders: &[PathBuf]) -> Vec<Note> {
+    let layers = layers(folders);
+    let mut walk = walk(&layers, Scope::Changes);
+    while walk.next_change().unwrap().is_some() {}
+    walk.notes().kept.clone()
 }
 
 pub fn show(differences: &[Difference]) -> String {

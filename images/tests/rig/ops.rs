@@ -15,10 +15,10 @@ use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use proptest::prelude::*;
 use rustix::fs::{XattrFlags, lremovexattr, lsetxattr};
 
-/// A place: up to three names of the set.
+/// A place: up to four names of the set, mostly one or two.
 pub type Place = Vec<u8>;
 
-const NAMES: &[&[u8]] = &[b"a", b"b", b"c.txt", b"d", b"new\nline", b"\xff\xfe", b"a.d"];
+const NAMES: &[&[u8]] = &[b"a", b"b", b"a.d", b"new\nline", b"\xff\xfe"];
 
 #[derive(Debug, Clone)]
 pub enum Op {
@@ -43,32 +43,43 @@ pub enum Op {
 }
 
 fn place() -> impl Strategy<Value = Place> {
-    proptest::collection::vec(0..NAMES.len() as u8, 1..4)
+    let name = 0..NAMES.len() as u8;
+    prop_oneof![
+        3 => proptest::collection::vec(name.clone(), 1..3),
+        1 => proptest::collection::vec(name, 3..5),
+    ]
 }
 
 pub fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
-        4 => (place(), any::<u16>()).prop_map(|(p, n)| Op::Write(p, n)),
+        8 => (place(), any::<u16>()).prop_map(|(p, n)| Op::Write(p, n)),
         1 => (place(), any::<u16>()).prop_map(|(p, n)| Op::Sparse(p, n)),
         2 => place().prop_map(Op::Append),
-        6 => place().prop_map(Op::Mkdir),
+        3 => place().prop_map(Op::Mkdir),
         3 => place().prop_map(Op::Remove),
         2 => place().prop_map(Op::Renew),
         5 => (place(), place()).prop_map(|(p, q)| Op::Rename(p, q)),
-        2 => (place(), place()).prop_map(|(p, q)| Op::Link(p, q)),
+        3 => (place(), place()).prop_map(|(p, q)| Op::Link(p, q)),
         1 => (place(), any::<u8>()).prop_map(|(p, n)| Op::Symlink(p, n)),
         2 => (place(), 0u16..0o10000).prop_map(|(p, m)| Op::Chmod(p, m)),
         1 => (place(), 0u32..200_000, 0u32..200_000).prop_map(|(p, u, g)| Op::Chown(p, u, g)),
         1 => (place(), any::<i32>(), 0u32..1_000_000_000).prop_map(|(p, s, n)| Op::Touch(p, s, n)),
         2 => (place(), 0u8..6, any::<u8>()).prop_map(|(p, n, v)| Op::Xattr(p, n, v)),
         1 => (place(), 0u8..6).prop_map(|(p, n)| Op::DropXattr(p, n)),
-        1 => (place(), any::<u8>()).prop_map(|(p, n)| Op::Node(p, n)),
+        2 => (place(), any::<u8>()).prop_map(|(p, n)| Op::Node(p, n)),
         2 => place().prop_map(Op::Nothing),
     ]
 }
 
 pub fn ops(most: usize) -> impl Strategy<Value = Vec<Op>> {
     proptest::collection::vec(op(), 0..most)
+}
+
+/// A place for something new: with folders above it.
+fn new_path(root: &Path, place: &Place) -> PathBuf {
+    let path = path(root, place);
+    let _ = fs::create_dir_all(path.parent().unwrap());
+    path
 }
 
 fn path(root: &Path, place: &Place) -> PathBuf {
@@ -84,9 +95,9 @@ pub fn run(root: &Path, ops: &[Op]) {
 
 fn one(root: &Path, op: &Op) -> std::io::Result<()> {
     match op {
-        Op::Write(at, n) => fs::write(harmless(path(root, at))?, content(*n)),
+        Op::Write(at, n) => fs::write(harmless(new_path(root, at))?, content(*n)),
         Op::Sparse(at, n) => {
-            let mut file = fs::File::create(harmless(path(root, at))?)?;
+            let mut file = fs::File::create(harmless(new_path(root, at))?)?;
             file.seek(SeekFrom::Start(u64::from(*n) * 64))?;
             file.write_all(b"end of the hole")?;
             file.set_len(u64::from(*n) * 100)
@@ -100,8 +111,14 @@ fn one(root: &Path, op: &Op) -> std::io::Result<()> {
             fs::remove_dir_all(path(root, at))?;
             fs::create_dir(path(root, at))
         }
-        Op::Rename(from, to) => fs::rename(path(root, from), path(root, to)),
-        Op::Link(from, to) => fs::hard_link(path(root, from), path(root, to)),
+        Op::Rename(from, to) => fs::rename(path(root, from), new_path(root, to)),
+        Op::Link(from, to) => {
+            let from = new_path(root, from);
+            if from.symlink_metadata().is_err() {
+                fs::write(&from, "linked")?;
+            }
+            fs::hard_link(from, new_path(root, to))
+        }
         Op::Symlink(at, n) => {
             symlink(OsStr::from_bytes(&content(u16::from(*n) + 1)[..1 + *n as usize]), path(root, at))
         }
@@ -110,7 +127,7 @@ fn one(root: &Path, op: &Op) -> std::io::Result<()> {
         Op::Touch(at, secs, nanos) => touch(&path(root, at), *secs, *nanos),
         Op::Xattr(at, n, value) => xattr(&path(root, at), *n, *value),
         Op::DropXattr(at, n) => Ok(lremovexattr(path(root, at), XATTRS[*n as usize].0)?),
-        Op::Node(at, n) => node(&path(root, at), *n),
+        Op::Node(at, n) => node(&new_path(root, at), *n),
         Op::Nothing(at) => nothing(&path(root, at)),
     }
 }
@@ -159,7 +176,8 @@ const XATTRS: [(&str, Option<&[u8]>); 6] = [
     ("system.posix_acl_default", Some(ACL)),
 ];
 
-/// Its place among the attributes.
+/// Places among the attributes.
+pub const TRUSTED: u8 = 2;
 pub const DEFAULT_ACL: u8 = 5;
 
 /// u::rwx, u:1234:r--, g::r-x, m::r-x, o::---
