@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
-use vmctr_images::commit::{Committed, Notes};
+use vmctr_images::commit::Committed;
 use vmctr_images::path::TreePath;
+use vmctr_images::upper::Notes;
 
 use crate::output;
 
