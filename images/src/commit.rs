@@ -6,18 +6,22 @@
 //! upper ───────────────────────────── layer ──> blob ── config, manifest ──> name
 //! ```
 //!
-//! With a new folder, only the copy needs the container to stand still: the layer is made from the new
-//! folder, which nobody changes. Both ways give the same bytes.
+//! With a new folder, which may be that of the new layer's snapshot, only the copy needs the container to
+//! stand still: the layer is made from the new folder, which nobody changes. Both ways give the same bytes.
 //!
 //! Invariant: the image's name is written last. Until then nothing shows but whole blobs.
 
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
+use std::sync::Arc;
+
+use tokio::task::spawn_blocking;
 
 use crate::config::{Base, Build, BuildError, Descriptor, Image, build};
-use crate::digest::Digest;
+use crate::digest::{ChainId, Digest};
 use crate::layer::{LayerError, LayerInfo, LayerOptions, LayerWriter, Totals};
 use crate::path::TreePath;
+use crate::store::containerd::Snapshot;
 use crate::store::{Layout, StoreError, containerd, nameless_beside, write_archive};
 use crate::tree::{NewFolder, NewFolderError, fill_folder, write_new_folder};
 use crate::upper::{Consistency, Layers, Namespace, Notes, Scope, Walk, WalkError};
@@ -46,6 +50,9 @@ pub enum CommitError {
     /// A thread ended.
     #[error("The thread that reads the changes ended")]
     Thread(#[source] tokio::task::JoinError),
+    /// The caller called it off.
+    #[error("The changes may not have stood still")]
+    Watch(#[source] io::Error),
     /// A base layer's blob cannot be read.
     #[error("The base layer {digest} cannot be read")]
     Base {
@@ -53,7 +60,7 @@ pub enum CommitError {
         digest: Digest,
         /// Why.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
 }
 
@@ -74,6 +81,18 @@ impl<'a> Changes<'a> {
     }
 }
 
+/// How far a commit is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// So much of the layer is written.
+    Layer(Totals),
+    /// The changes are not read any more.
+    Read,
+}
+
+/// Told each step. An error at [`Step::Read`] ends the commit before the image has a name.
+pub type Watch<'a> = dyn FnMut(Step) -> io::Result<()> + Send + 'a;
+
 /// Copies the changes to the new folder `dir`, which must not exist.
 pub fn capture(
     changes: &Changes<'_>,
@@ -86,24 +105,36 @@ pub fn capture(
     Ok((written, walk.notes().clone()))
 }
 
+/// Copies the changes to the folder of the new layer's snapshot.
+pub fn capture_in_snapshot(
+    changes: &Changes<'_>,
+    consistency: Consistency,
+    snapshot: &Snapshot,
+) -> Result<(NewFolder, Notes), CommitError> {
+    let mut walk = changes.walk(consistency)?;
+    let written = fill_folder(&mut walk, &snapshot.dir, snapshot.form, consistency)?;
+    Ok((written, walk.notes().clone()))
+}
+
 /// Writes the changes as a layer to `sink`; nothing may change meanwhile.
 pub fn layer<W: Write>(
     changes: &Changes<'_>,
     options: LayerOptions,
     sink: W,
-    progress: &mut dyn FnMut(Totals),
+    watch: &mut Watch<'_>,
 ) -> Result<(W, LayerInfo, Notes), CommitError> {
     let mut walk = changes.walk(Consistency::Frozen)?;
     let mut writer = LayerWriter::new(sink, options)?;
     while let Some(change) = walk.next_change()? {
-        writer.add(&change, progress)?;
+        // Of a layer's steps, whoever watches calls none off.
+        writer.add(&change, &mut |totals| drop(watch(Step::Layer(totals))))?;
     }
     let (sink, info) = writer.finish()?;
     Ok((sink, info, walk.notes().clone()))
 }
 
 /// Finds a blob of the base image; `None` if it is gone.
-pub type FetchBlob<'a> = dyn FnMut(&Descriptor) -> std::io::Result<Option<Box<dyn Read>>> + 'a;
+pub type FetchBlob<'a> = dyn FnMut(&Descriptor) -> io::Result<Option<Box<dyn Read>>> + 'a;
 
 /// A stored image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -137,10 +168,11 @@ pub fn to_layout(
     plan: &Plan<'_>,
     dir: &Path,
     fetch: &mut FetchBlob<'_>,
-    progress: &mut dyn FnMut(Totals),
+    watch: &mut Watch<'_>,
 ) -> Result<Committed, CommitError> {
     let layout = Layout::open(dir)?;
-    let (blob, layer, notes) = layer(&plan.changes, plan.layer, layout.begin_blob()?, progress)?;
+    let (blob, layer, notes) = layer(&plan.changes, plan.layer, layout.begin_blob()?, watch)?;
+    watch(Step::Read).map_err(CommitError::Watch)?;
     layout.keep(&blob, &layer.digest)?;
     let image = build(plan.base, &layer, plan.build)?;
     let missing = copy_base(&image, &layout, fetch)?;
@@ -175,10 +207,11 @@ pub fn to_archive(
     plan: &Plan<'_>,
     file: &Path,
     fetch: &mut FetchBlob<'_>,
-    progress: &mut dyn FnMut(Totals),
+    watch: &mut Watch<'_>,
 ) -> Result<Committed, CommitError> {
     let spool = nameless_beside(file)?;
-    let (mut spool, layer, notes) = self::layer(&plan.changes, plan.layer, spool, progress)?;
+    let (mut spool, layer, notes) = self::layer(&plan.changes, plan.layer, spool, watch)?;
+    watch(Step::Read).map_err(CommitError::Watch)?;
     spool.seek(SeekFrom::Start(0)).map_err(|source| StoreError::Write { path: file.to_owned(), source })?;
     let image = build(plan.base, &layer, plan.build)?;
     let (mut sources, mut missing) = (Vec::new(), Vec::new());
@@ -206,35 +239,27 @@ pub fn to_archive(
 pub async fn to_containerd(
     store: &containerd::Store,
     order: ContainerdOrder,
+    watch: Box<Watch<'static>>,
 ) -> Result<Committed, CommitError> {
-    let ContainerdOrder { layers, scope, subtree, layer, base, build: changes, name, snapshotter } = order;
-    let layers = std::sync::Arc::new(layers);
-    let (sink, source) = containerd::pipe();
-    let mut ingest = store.begin().await?;
-    let writing = {
-        let (layers, subtree) = (std::sync::Arc::clone(&layers), subtree.clone());
-        tokio::task::spawn_blocking(move || {
-            let changes = Changes { layers: &layers, scope, subtree: &subtree };
-            self::layer(&changes, layer, sink, &mut |_| {}).map(|(_, info, notes)| (info, notes))
-        })
-    };
-    let taken = ingest.take(source).await;
-    let written = writing.await.map_err(CommitError::Thread)?;
-    // The writer's own error says more than that of the stream which ended with it.
-    let (info, notes) = match (written, taken) {
-        (Ok(done), Ok(())) => done,
-        (written, taken) => {
-            ingest.abort().await?;
-            written?;
-            taken?;
-            return Err(containerd::ContainerdError::Ended.into());
+    let ContainerdOrder { layers, scope, subtree, layer, base, build: changes, name, unpack } = order;
+    let reading = Reading { layers: Arc::new(layers), scope, subtree };
+    let (info, notes, watch) = match reading.clone().layer_in(store, layer, watch).await {
+        Ok(written) => written,
+        Err(error) => {
+            unpack.give_up(store).await?;
+            return Err(error);
         }
     };
-    ingest.commit(&info.digest, containerd::Store::layer_labels(&info.diff_id)).await?;
-    let image = build(&base, &info, &changes)?;
-    let unpacked = snapshot(store, &image, layers, scope, subtree, snapshotter.as_deref()).await?;
-    let snapshotter = snapshotter.filter(|_| unpacked);
-    let missing = store.publish(&image, &name, snapshotter.as_deref()).await?;
+    let image = match build(&base, &info, &changes) {
+        Ok(image) => image,
+        Err(error) => {
+            unpack.give_up(store).await?;
+            return Err(error.into());
+        }
+    };
+    let unpacked = unpack.finish(store, &image, reading).await?;
+    read_all(watch).await?;
+    let missing = store.publish(&image, &name, unpacked.as_deref()).await?;
     Ok(Committed { image, layer: info, notes, missing })
 }
 
@@ -254,35 +279,124 @@ pub struct ContainerdOrder {
     pub build: Build,
     /// The image's name.
     pub name: String,
-    /// Where the new layer is to be unpacked at once.
-    pub snapshotter: Option<String>,
+    /// The new layer's snapshot.
+    pub unpack: Unpack,
 }
 
-/// Fills the new layer's snapshot; whether it is there afterwards.
-async fn snapshot(
-    store: &containerd::Store,
-    image: &Image,
-    layers: std::sync::Arc<Layers>,
-    scope: Scope,
-    subtree: TreePath,
-    snapshotter: Option<&str>,
-) -> Result<bool, CommitError> {
-    let (Some(snapshotter), Some(name)) = (snapshotter, image.chain_id()) else { return Ok(false) };
-    let Some(snapshot) = store.prepare(snapshotter, image.parent_chain_id().as_ref(), &name).await? else {
-        return Ok(store.has_snapshot(snapshotter, &name).await?);
-    };
-    let (dir, form) = (snapshot.dir.clone(), snapshot.form);
-    let filling = tokio::task::spawn_blocking(move || {
-        let changes = Changes { layers: &layers, scope, subtree: &subtree };
-        let mut walk = changes.walk(Consistency::Frozen)?;
-        fill_folder(&mut walk, &dir, form, Consistency::Frozen).map_err(CommitError::from).map(drop)
-    });
-    match filling.await.map_err(CommitError::Thread)? {
-        Ok(()) => store.commit_snapshot(snapshot, &name).await?,
-        Err(error) => {
-            store.drop_snapshot(snapshot).await?;
-            return Err(error);
+/// Where the new layer is to be unpacked at once.
+pub enum Unpack {
+    /// Nowhere.
+    No,
+    /// By this snapshotter.
+    By(String),
+    /// It is, by [`capture_in_snapshot`]: the changes are read from there.
+    Done(Snapshot),
+}
+
+impl Unpack {
+    async fn give_up(self, store: &containerd::Store) -> Result<(), CommitError> {
+        match self {
+            Self::Done(snapshot) => Ok(store.drop_snapshot(snapshot).await?),
+            Self::No | Self::By(_) => Ok(()),
         }
     }
-    Ok(true)
+
+    /// Which snapshotter has the new layer afterwards.
+    async fn finish(
+        self,
+        store: &containerd::Store,
+        image: &Image,
+        reading: Reading,
+    ) -> Result<Option<String>, CommitError> {
+        let Some(name) = image.chain_id() else { return Ok(None) };
+        match self {
+            Self::No => Ok(None),
+            Self::Done(snapshot) => {
+                let snapshotter = snapshot.snapshotter.clone();
+                store.commit_snapshot(snapshot, &name).await?;
+                Ok(Some(snapshotter))
+            }
+            Self::By(snapshotter) => {
+                let there = reading.unpack(store, image, &name, &snapshotter).await?;
+                Ok(there.then_some(snapshotter))
+            }
+        }
+    }
+}
+
+/// [`Changes`] for threads.
+#[derive(Clone)]
+struct Reading {
+    layers: Arc<Layers>,
+    scope: Scope,
+    subtree: TreePath,
+}
+
+impl Reading {
+    fn changes(&self) -> Changes<'_> {
+        Changes { layers: &self.layers, scope: self.scope, subtree: &self.subtree }
+    }
+
+    /// Writes the layer into a blob.
+    async fn layer_in(
+        self,
+        store: &containerd::Store,
+        options: LayerOptions,
+        mut watch: Box<Watch<'static>>,
+    ) -> Result<(LayerInfo, Notes, Box<Watch<'static>>), CommitError> {
+        let (sink, source) = containerd::pipe();
+        let mut ingest = store.begin().await?;
+        let writing = spawn_blocking(move || {
+            let written = layer(&self.changes(), options, sink, &mut *watch);
+            written.map(|(_, info, notes)| (info, notes, watch))
+        });
+        let taken = ingest.take(source).await;
+        let written = writing.await.map_err(CommitError::Thread)?;
+        // Whose error came first: containerd's ends the pipe, and the writer then fails for that reason only.
+        let (info, notes, watch) = match (written, taken) {
+            (Ok(done), Ok(())) => done,
+            (written, taken) => {
+                // The first error is the one to report; what is left belongs to the lease.
+                let _ = ingest.abort().await;
+                taken?;
+                drop(written?);
+                return Err(containerd::ContainerdError::Ended.into());
+            }
+        };
+        ingest.commit(&info.digest, containerd::Store::layer_labels(&info.diff_id)).await?;
+        Ok((info, notes, watch))
+    }
+
+    /// Fills the new layer's snapshot; whether it is there afterwards.
+    async fn unpack(
+        self,
+        store: &containerd::Store,
+        image: &Image,
+        name: &ChainId,
+        snapshotter: &str,
+    ) -> Result<bool, CommitError> {
+        if store.has_snapshot(snapshotter, name).await? {
+            return Ok(true);
+        }
+        let parent = image.parent_chain_id();
+        let Some(snapshot) = store.prepare(snapshotter, parent.as_ref()).await? else { return Ok(false) };
+        let (dir, form) = (snapshot.dir.clone(), snapshot.form);
+        let filling = spawn_blocking(move || {
+            let mut walk = self.changes().walk(Consistency::Frozen)?;
+            fill_folder(&mut walk, &dir, form, Consistency::Frozen).map_err(CommitError::from).map(drop)
+        });
+        match filling.await.map_err(CommitError::Thread)? {
+            Ok(()) => store.commit_snapshot(snapshot, name).await?,
+            Err(error) => {
+                store.drop_snapshot(snapshot).await?;
+                return Err(error);
+            }
+        }
+        Ok(true)
+    }
+}
+
+async fn read_all(mut watch: Box<Watch<'static>>) -> Result<(), CommitError> {
+    let told = spawn_blocking(move || watch(Step::Read)).await;
+    told.map_err(CommitError::Thread)?.map_err(CommitError::Watch)
 }

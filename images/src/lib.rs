@@ -13,3 +13,4 @@ pub mod root;
 pub mod store;
 pub mod tree;
 pub mod upper;
+pub mod verify;

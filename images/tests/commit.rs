@@ -133,7 +133,7 @@ fn equal_changes_give_equal_bytes_whatever_the_host() {
                 let plan =
                     Plan { changes, layer: options(compression), base: &base, build: &build, tag: Some("t") };
                 let file = dir.path().join(format!("{number}-{compression}"));
-                let made = to_archive(&plan, &file, &mut |_| Ok(None), &mut |_| {}).unwrap();
+                let made = to_archive(&plan, &file, &mut |_| Ok(None), &mut |_| Ok(())).unwrap();
                 (made.image, Digest::of(&fs::read(file).unwrap()))
             })
             .collect();
@@ -167,13 +167,13 @@ fn missing_base_layers_are_told_and_the_rest_works() {
     let changes = Changes { layers: &layers, scope: Scope::Changes, subtree: &root };
     let plan = Plan { changes, layer: options(Compression::None), base: &base, build: &build, tag: None };
     let file = dir.path().join("archive");
-    let made = to_archive(&plan, &file, &mut |_| Ok(None), &mut |_| {}).unwrap();
+    let made = to_archive(&plan, &file, &mut |_| Ok(None), &mut |_| Ok(())).unwrap();
     assert_eq!(made.missing.iter().map(|layer| layer.digest).collect::<Vec<_>>(), [gone]);
     let present = &mut |layer: &Descriptor| {
         assert_eq!(layer.digest, gone);
         Ok(Some(Box::new(&b"gone"[..]) as Box<dyn Read>))
     };
-    let made = to_layout(&plan, &dir.path().join("layout"), present, &mut |_| {}).unwrap();
+    let made = to_layout(&plan, &dir.path().join("layout"), present, &mut |_| Ok(())).unwrap();
     assert_eq!(made.missing, []);
     assert!(Layout::open(&dir.path().join("layout")).unwrap().has(&gone));
 }
@@ -285,8 +285,8 @@ fn child_commits() {
         Plan { changes, layer: options(Compression::Zstd(1)), base: &base, build: &build, tag: Some("t") };
     let out = dir.join("out");
     capture(&changes, Consistency::Frozen, Namespace::Trusted, &out.join("new")).unwrap();
-    to_layout(&plan, &out.join("layout"), &mut |_| Ok(None), &mut |_| {}).unwrap();
-    to_archive(&plan, &out.join("archive"), &mut |_| Ok(None), &mut |_| {}).unwrap();
+    to_layout(&plan, &out.join("layout"), &mut |_| Ok(None), &mut |_| Ok(())).unwrap();
+    to_archive(&plan, &out.join("archive"), &mut |_| Ok(None), &mut |_| Ok(())).unwrap();
 }
 
 #[test]
@@ -355,8 +355,8 @@ fn a_full_disk_leaves_nothing() {
         .unwrap();
     let changes = Changes { layers: &layers, scope: Scope::Changes, subtree: &root };
     let plan = Plan { changes, layer: options(Compression::None), base: &base, build: &build, tag: None };
-    assert!(to_layout(&plan, &small.join("layout"), &mut |_| Ok(None), &mut |_| {}).is_err());
-    assert!(to_archive(&plan, &small.join("archive"), &mut |_| Ok(None), &mut |_| {}).is_err());
+    assert!(to_layout(&plan, &small.join("layout"), &mut |_| Ok(None), &mut |_| Ok(())).is_err());
+    assert!(to_archive(&plan, &small.join("archive"), &mut |_| Ok(None), &mut |_| Ok(())).is_err());
     assert!(capture(&changes, Consistency::Frozen, Namespace::Trusted, &small.join("new")).is_err());
     assert_eq!(fs::read_dir(small.join("layout/blobs/sha256")).unwrap().count(), 0);
     let left: Vec<_> = fs::read_dir(&small).unwrap().map(|entry| entry.unwrap().file_name()).collect();

@@ -14,7 +14,7 @@ use containerd_client::Client;
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, TestRunner};
 use rig::{LIMIT, Overlay, differences, folder, layers, ops, private_mounts, show};
-use vmctr_images::commit::{Changes, Committed, ContainerdOrder, Plan, to_archive, to_containerd};
+use vmctr_images::commit::{Changes, Committed, ContainerdOrder, Plan, Unpack, to_archive, to_containerd};
 use vmctr_images::config::{Base, Build, Format};
 use vmctr_images::layer::{Compression, LayerOptions};
 use vmctr_images::path::TreePath;
@@ -90,7 +90,7 @@ fn import_base(daemon: &Daemon, dir: &Path, lowers: &[PathBuf], snapshotter: &st
     let (empty, build) = (Base::empty(), build());
     let plan = Plan { changes, layer: OPTIONS, base: &empty, build: &build, tag: Some("base") };
     let file = dir.join(format!("base-{snapshotter}.tar"));
-    let made = to_archive(&plan, &file, &mut |_| Ok(None), &mut |_| {}).unwrap();
+    let made = to_archive(&plan, &file, &mut |_| Ok(None), &mut |_| Ok(())).unwrap();
     let file = file.to_str().unwrap();
     daemon.ctr(&["image", "import", "--base-name", "test/base", "--snapshotter", snapshotter, file]);
     Base::parse(&made.image.config, &made.image.manifest).unwrap()
@@ -115,10 +115,11 @@ fn commit(
             base,
             build: build(),
             name: name.to_owned(),
-            snapshotter: Some(snapshotter.to_owned()),
+            unpack: Unpack::By(snapshotter.to_owned()),
         };
-        let made = to_containerd(&store, order).await.map_err(|error| format!("{error:?}"));
-        store.release().await.unwrap();
+        let made =
+            to_containerd(&store, order, Box::new(|_| Ok(()))).await.map_err(|error| format!("{error:?}"));
+        store.release(false).await.unwrap();
         made
     })
 }

@@ -136,7 +136,7 @@ impl Case<'_> {
             let (layers, root) = (layers(stack), TreePath::root());
             let changes = Changes { layers: &layers, scope, subtree: &root };
             let plan = Plan { changes, layer: OPTIONS, base: &base, build: &build, tag: Some(tag) };
-            let made = to_layout(&plan, &image, &mut |_| Ok(None), &mut |_| {}).unwrap();
+            let made = to_layout(&plan, &image, &mut |_| Ok(None), &mut |_| Ok(())).unwrap();
             assert_eq!(made.missing, []);
             base = Base::parse(&made.image.config, &made.image.manifest).unwrap();
         }

@@ -180,7 +180,20 @@ impl Agent for Service {
         request: Request<ContainerRef>,
     ) -> Result<Response<Self::ReadUpperStream>, Status> {
         let (sender, receiver) = mpsc::channel(CHUNKS_AHEAD);
-        tokio::spawn(send_upper(self.guest.clone(), request.into_inner(), sender));
+        let read = verbs::read_upper(self.guest.clone(), request.into_inner(), sender.clone());
+        tokio::spawn(send_archive(read, sender));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    type ReadMergedStream = ReceiverStream<Result<UpperChunk, Status>>;
+
+    async fn read_merged(
+        &self,
+        request: Request<ContainerRef>,
+    ) -> Result<Response<Self::ReadMergedStream>, Status> {
+        let (sender, receiver) = mpsc::channel(CHUNKS_AHEAD);
+        let read = verbs::read_merged(self.guest.clone(), request.into_inner(), sender.clone());
+        tokio::spawn(send_archive(read, sender));
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
@@ -190,8 +203,8 @@ impl Agent for Service {
 }
 
 /// Feeds one archive to the host, and the error that ended it early.
-async fn send_upper(guest: Handle, container: ContainerRef, host: verbs::UpperSender) {
-    if let Err(error) = verbs::read_upper(guest, container, host.clone()).await {
+async fn send_archive(read: impl Future<Output = Result<(), verbs::Error>>, host: verbs::UpperSender) {
+    if let Err(error) = read.await {
         let _ = host.send(Err(error.to_status())).await;
     }
 }

@@ -11,7 +11,7 @@ use std::io::{self, Read};
 use sha2::{Digest as _, Sha256};
 
 use crate::layer::{Item, ItemKind, LayerReader, ReadError};
-use crate::meta::{Device, Meta, Xattrs};
+use crate::meta::{Device, Meta, Time, Xattrs};
 use crate::path::{Escaped, TreePath};
 use crate::upper::{Content, EntryKind, Piece, Walk, WalkError, What, same_bytes};
 
@@ -118,8 +118,27 @@ enum Bytes {
     Hashed([u8; 32]),
 }
 
+/// What counts as equal.
+#[derive(Debug, Clone, Copy)]
+pub struct Rules {
+    /// Times later than this one are equal to it.
+    pub clamp: Option<i64>,
+    /// Attributes of other names are ignored.
+    pub attributes: fn(&[u8]) -> bool,
+}
+
 /// Compares `is` with what `should` be; stops after `most` differences.
-pub fn compare(mut is: Tree<'_>, mut should: Tree<'_>, most: usize) -> Result<Vec<Difference>, CompareError> {
+pub fn compare(is: Tree<'_>, should: Tree<'_>, most: usize) -> Result<Vec<Difference>, CompareError> {
+    compare_by(is, should, most, &Rules { clamp: None, attributes: |_| true })
+}
+
+/// The same by rules of one's own.
+pub fn compare_by(
+    mut is: Tree<'_>,
+    mut should: Tree<'_>,
+    most: usize,
+    rules: &Rules,
+) -> Result<Vec<Difference>, CompareError> {
     let mut differences = Vec::new();
     let (mut one, mut other) = (is.next(None)?, should.next(None)?);
     while differences.len() < most {
@@ -138,7 +157,8 @@ pub fn compare(mut is: Tree<'_>, mut should: Tree<'_>, most: usize) -> Result<Ve
                 (one, other) = (kept, should.next(Some(&missing.path))?);
                 differences.push(Difference { path: missing.path, how: How::Missing });
             }
-            (_, Some(left), Some(right)) => {
+            (_, Some(mut left), Some(mut right)) => {
+                rules.apply(&mut left, &mut right);
                 differences.extend(left.difference(&right)?);
                 (one, other) = (is.next(Some(&left.path))?, should.next(Some(&right.path))?);
             }
@@ -146,6 +166,20 @@ pub fn compare(mut is: Tree<'_>, mut should: Tree<'_>, most: usize) -> Result<Ve
         }
     }
     Ok(differences)
+}
+
+impl Rules {
+    fn apply(&self, is: &mut Seen, should: &mut Seen) {
+        if let Some(clamp) = self.clamp
+            && is.meta.mtime == (Time { secs: clamp, nanos: 0 })
+            && should.meta.mtime.secs >= clamp
+        {
+            should.meta.mtime = is.meta.mtime;
+        }
+        for side in [is, should] {
+            side.xattrs.retain(|name, _| (self.attributes)(name));
+        }
+    }
 }
 
 impl Tree<'_> {

@@ -13,6 +13,6 @@ mod remove;
 mod target;
 
 pub use apply::{ApplyError, apply};
-pub use compare::{CompareError, Difference, How, Tree, compare};
+pub use compare::{CompareError, Difference, How, Rules, Tree, compare, compare_by};
 pub use new_folder::{NewFolder, NewFolderError, fill_folder, write_new_folder};
 pub use target::{Form, TreeError};

@@ -52,6 +52,11 @@ impl Layers {
         self.roots.len()
     }
 
+    /// Whether the folders from `first` on show something at `path`.
+    pub fn show(&self, first: usize, path: &TreePath) -> Result<bool, WalkError> {
+        Ok(first < self.count() && find(self, first, path, path)?.exists())
+    }
+
     pub(super) fn namespace(&self) -> Namespace {
         self.namespace
     }

@@ -388,7 +388,7 @@ impl Frame {
 }
 
 impl Found {
-    fn exists(&self) -> bool {
+    pub(super) fn exists(&self) -> bool {
         matches!(self, Self::Leaf(_) | Self::Dir(_))
     }
 }

@@ -127,6 +127,12 @@ pub struct CommitArgs {
     /// Where the image goes: containerd, oci:DIR[:TAG] or oci-archive:FILE
     #[arg(long, value_name = "STORE", default_value = "containerd")]
     pub output: ImageStore,
+    /// Read the stored layer again, put it on the base and compare that with what the container shows; the
+    /// container stands still meanwhile
+    ///
+    /// Exits 1 when they differ.
+    #[arg(long, conflicts_with = "subtree")]
+    pub verify: bool,
     /// Print the image's digest only
     #[arg(short, long, conflicts_with = "json")]
     pub quiet: bool,

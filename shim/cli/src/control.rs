@@ -4,14 +4,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use futures::FutureExt as _;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status, Streaming};
 use vmctr_proto::control::control_client::ControlClient;
 use vmctr_proto::control::{
-    HoldReply, HoldRequest, InspectReply, InspectRequest, ReadUpperReply, ReadUpperRequest,
+    HoldReply, HoldRequest, InspectReply, InspectRequest, ReadMergedRequest, ReadUpperReply,
+    ReadUpperRequest, ReleaseRequest,
 };
 
 /// How long a shim may take: it only looks at what it knows.
@@ -62,7 +62,10 @@ async fn within<T>(
 /// A container that stands still, with its changes written to its upper folder, until this is dropped.
 pub struct Hold {
     socket: PathBuf,
-    stream: Streaming<HoldReply>,
+    client: ControlClient<Channel>,
+    number: u64,
+    /// The shim ends the hold when this ends.
+    _stream: Streaming<HoldReply>,
 }
 
 impl Hold {
@@ -76,16 +79,26 @@ impl Hold {
         let refused = |status| refused(socket, &status);
         let mut stream = client.hold(HoldRequest { freeze }).await.map_err(refused)?.into_inner();
         let reply = stream.message().await.map_err(refused)?;
-        reply.ok_or_else(|| Error::LetGo { socket: socket.to_owned() })?;
-        Ok(Self { socket: socket.to_owned(), stream })
+        let number = reply.ok_or_else(|| Error::LetGo { socket: socket.to_owned() })?.hold;
+        Ok(Self { socket: socket.to_owned(), client, number, _stream: stream })
     }
 
-    /// Lets the container run on. Fails if it did so before.
-    pub fn release(mut self) -> Result<(), Error> {
-        match self.stream.message().now_or_never() {
-            None => Ok(()),
-            Some(_) => Err(Error::LetGo { socket: self.socket }),
-        }
+    /// Lets the container run on, and tells how long it was frozen. Fails if it ran before, or does not now.
+    pub async fn release(mut self) -> Result<Duration, Error> {
+        let socket = self.socket.clone();
+        let release = async {
+            match self.client.release(ReleaseRequest { hold: self.number }).await {
+                Ok(reply) => Ok(Duration::from_micros(reply.into_inner().frozen_micros)),
+                // Without a container nothing runs that could have gone on too early; without a shim the
+                // VM has ended, too, but nobody knows when.
+                Err(status) if status.code() == Code::NotFound => Ok(Duration::ZERO),
+                Err(status) if matches!(status.code(), Code::FailedPrecondition | Code::Unavailable) => {
+                    Err(Error::LetGo { socket: self.socket.clone() })
+                }
+                Err(status) => Err(refused(&self.socket, &status)),
+            }
+        };
+        within(HOLD_PATIENCE, &socket, release).await
     }
 }
 
@@ -95,6 +108,19 @@ pub async fn read_upper(socket: &Path) -> Result<Streaming<ReadUpperReply>, Erro
         let mut client = ControlClient::new(connect(socket).await?);
         let reply = client.read_upper(ReadUpperRequest {}).await;
         Ok(reply.map_err(|status| refused(socket, &status))?.into_inner())
+    };
+    within(HOLD_PATIENCE, socket, ask).await
+}
+
+/// The container's root as its processes see it, as an archive; `None` if its VM has ended.
+pub async fn read_merged(socket: &Path) -> Result<Option<Streaming<ReadUpperReply>>, Error> {
+    let ask = async {
+        let mut client = ControlClient::new(connect(socket).await?);
+        match client.read_merged(ReadMergedRequest {}).await {
+            Ok(reply) => Ok(Some(reply.into_inner())),
+            Err(status) if status.code() == Code::NotFound => Ok(None),
+            Err(status) => Err(refused(socket, &status)),
+        }
     };
     within(HOLD_PATIENCE, socket, ask).await
 }

@@ -19,6 +19,7 @@ mod containerd;
 mod control;
 mod failure;
 mod output;
+mod progress;
 mod source;
 mod vms;
 

@@ -15,11 +15,12 @@ use tracing::{Instrument, error, warn};
 use vmctr_proto::agent::UpperChunk;
 use vmctr_proto::control::control_server::{Control, ControlServer};
 use vmctr_proto::control::{
-    HoldReply, HoldRequest, InspectReply, InspectRequest, ReadUpperReply, ReadUpperRequest,
+    HoldReply, HoldRequest, InspectReply, InspectRequest, ReadMergedRequest, ReadUpperReply,
+    ReadUpperRequest, ReleaseReply, ReleaseRequest,
 };
 
 use crate::error::TaskError;
-use crate::sandbox::{self, ContainerRequest, Handle};
+use crate::sandbox::{self, Answer, ContainerRequest, Handle};
 
 /// A caller that does not answer for so long is gone: what it holds is let go.
 const CALLER_LIMIT: Duration = Duration::from_secs(20);
@@ -88,8 +89,33 @@ impl Control for Service {
         &self,
         _: Request<ReadUpperRequest>,
     ) -> Result<Response<Self::ReadUpperStream>, Status> {
-        let archive =
-            self.0.ask_container(ContainerRequest::ReadUpper).await.map_err(|error| status(&error))?;
+        self.archive(ContainerRequest::ReadUpper).await
+    }
+
+    type ReadMergedStream = ReceiverStream<Result<ReadUpperReply, Status>>;
+
+    async fn read_merged(
+        &self,
+        _: Request<ReadMergedRequest>,
+    ) -> Result<Response<Self::ReadMergedStream>, Status> {
+        self.archive(ContainerRequest::ReadMerged).await
+    }
+
+    async fn release(&self, request: Request<ReleaseRequest>) -> Result<Response<ReleaseReply>, Status> {
+        let hold = request.into_inner().hold;
+        let frozen = self.0.ask_container(|answer| ContainerRequest::Release(hold, answer)).await;
+        let frozen = frozen.map_err(|error| status(&error))?;
+        let frozen_micros = u64::try_from(frozen.as_micros()).unwrap_or(u64::MAX);
+        Ok(Response::new(ReleaseReply { frozen_micros }))
+    }
+}
+
+impl Service {
+    async fn archive(
+        &self,
+        which: impl FnOnce(Answer<Streaming<UpperChunk>>) -> ContainerRequest,
+    ) -> Result<Response<ReceiverStream<Result<ReadUpperReply, Status>>>, Status> {
+        let archive = self.0.ask_container(which).await.map_err(|error| status(&error))?;
         let (caller, stream) = mpsc::channel(1);
         tokio::spawn(pass_on(archive, caller).in_current_span());
         Ok(Response::new(ReceiverStream::new(stream)))
@@ -112,18 +138,22 @@ async fn pass_on(mut archive: Streaming<UpperChunk>, caller: mpsc::Sender<Result
     }
 }
 
-/// Holds the container for as long as the caller listens.
+/// Holds the container for as long as the caller listens, unless it releases before.
 async fn hold(handle: Handle, freeze: bool, caller: mpsc::Sender<Result<HoldReply, Status>>) {
-    if let Err(error) = handle.ask_container(|answer| ContainerRequest::Hold(freeze, answer)).await {
-        // A caller that has gone needs no answer.
-        let _ = caller.send(Err(status(&error))).await;
-        return;
-    }
-    if caller.send(Ok(HoldReply {})).await.is_ok() {
+    let hold = match handle.ask_container(|answer| ContainerRequest::Hold(freeze, answer)).await {
+        Ok(hold) => hold,
+        Err(error) => {
+            // A caller that has gone needs no answer.
+            let _ = caller.send(Err(status(&error))).await;
+            return;
+        }
+    };
+    if caller.send(Ok(HoldReply { hold })).await.is_ok() {
         caller.closed().await;
     }
-    if let Err(error) = handle.ask_container(ContainerRequest::Release).await {
-        error!("The container cannot be let go on: {error}");
+    match handle.ask_container(|answer| ContainerRequest::Release(hold, answer)).await {
+        Ok(_) | Err(TaskError::FailedPrecondition(_)) => {}
+        Err(error) => error!("The container cannot be let go on: {error}"),
     }
 }
 

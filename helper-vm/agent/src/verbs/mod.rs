@@ -33,7 +33,7 @@ pub use signal::signal;
 pub use start::start;
 pub use terminal::resize;
 pub use update::update;
-pub use upper::{UpperSender, read_upper};
+pub use upper::{UpperSender, read_merged, read_upper};
 
 /// A call failed.
 #[derive(Debug, thiserror::Error)]

@@ -1,6 +1,8 @@
-//! ReadUpper: what a container changed, when it keeps that in the guest.
+//! ReadUpper and ReadMerged: folders of a container as archives: what it changed, when it keeps that in the
+//! guest, and its root as a whole.
 
 use std::io::{self, BufWriter, Write};
+use std::path::PathBuf;
 
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -21,15 +23,30 @@ pub type UpperSender = mpsc::Sender<std::result::Result<UpperChunk, Status>>;
 
 /// Sends the container's guest-side upper folder, as an archive.
 pub async fn read_upper(guest: Handle, container: ContainerRef, host: UpperSender) -> Result<()> {
-    let id = ContainerId::parse(&container.container_id)?;
-    let wanted = id.clone();
-    let name = guest.call(move |guest| Ok::<_, Error>(guest.container(&wanted)?.name.clone())).await?;
-    let upper = rootfs::guest_upper(&container_dir(&name)).ok_or_else(|| Error::Busy {
+    let (id, dir) = find(guest, container).await?;
+    let upper = rootfs::guest_upper(&dir).ok_or_else(|| Error::Busy {
         what: format!("container {id}"),
         verb: "archived",
         why: "it keeps its changes on the host",
     })?;
-    blocking(move || Ok(archive::write(&upper, BufWriter::with_capacity(CHUNK, Chunks(host)))?)).await
+    send(upper, host).await
+}
+
+/// Sends the container's root, as an archive: the agent's own mount of it, on which nothing else is mounted.
+pub async fn read_merged(guest: Handle, container: ContainerRef, host: UpperSender) -> Result<()> {
+    let (_, dir) = find(guest, container).await?;
+    send(dir.join(rootfs::ROOTFS), host).await
+}
+
+async fn find(guest: Handle, container: ContainerRef) -> Result<(ContainerId, PathBuf)> {
+    let id = ContainerId::parse(&container.container_id)?;
+    let wanted = id.clone();
+    let name = guest.call(move |guest| Ok::<_, Error>(guest.container(&wanted)?.name.clone())).await?;
+    Ok((id, container_dir(&name)))
+}
+
+async fn send(folder: PathBuf, host: UpperSender) -> Result<()> {
+    blocking(move || Ok(archive::write(&folder, BufWriter::with_capacity(CHUNK, Chunks(host)))?)).await
 }
 
 /// Each write becomes one message.

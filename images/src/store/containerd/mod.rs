@@ -111,9 +111,13 @@ impl Store {
         Ok(store)
     }
 
-    /// Gives the lease back; what no image refers to may go then.
-    pub async fn release(self) -> Result<(), ContainerdError> {
-        let request = self.request(DeleteRequest { id: self.lease.clone(), sync: false })?;
+    /// Gives the lease back, if there is one; what no image refers to may go then, and with `clean` it
+    /// has gone afterwards.
+    pub async fn release(&self, clean: bool) -> Result<(), ContainerdError> {
+        if self.lease.is_empty() {
+            return Ok(());
+        }
+        let request = self.request(DeleteRequest { id: self.lease.clone(), sync: clean })?;
         self.client.leases().delete(request).await.doing("delete a lease").map(drop)
     }
 

@@ -16,7 +16,8 @@ use crate::upper::Namespace;
 
 /// A snapshot that is being filled.
 pub struct Snapshot {
-    snapshotter: String,
+    /// By whom.
+    pub snapshotter: String,
     key: String,
     /// Where the layer's files belong.
     pub dir: PathBuf,
@@ -25,16 +26,12 @@ pub struct Snapshot {
 }
 
 impl Store {
-    /// Prepares a snapshot on `parent`; `None` if the parent is not unpacked or `name` is there already.
+    /// Prepares a snapshot on `parent`; `None` if the parent is not unpacked.
     pub async fn prepare(
         &self,
         snapshotter: &str,
         parent: Option<&ChainId>,
-        name: &ChainId,
     ) -> Result<Option<Snapshot>, ContainerdError> {
-        if self.has_snapshot(snapshotter, name).await? {
-            return Ok(None);
-        }
         let key = self.unique();
         let request = self.request(PrepareSnapshotRequest {
             snapshotter: snapshotter.to_owned(),
@@ -54,6 +51,19 @@ impl Store {
                 self.remove_snapshot(&snapshotter, &key).await?;
                 Err(ContainerdError::Mounts { snapshotter, kind })
             }
+        }
+    }
+
+    /// Prepares a snapshot that takes changes as they are; `None` if the snapshotter gives none on `parent`.
+    pub async fn prepare_for_changes(
+        &self,
+        snapshotter: &str,
+        parent: &ChainId,
+    ) -> Result<Option<Snapshot>, ContainerdError> {
+        match self.prepare(snapshotter, Some(parent)).await? {
+            Some(snapshot) if matches!(snapshot.form, Form::Overlay(_)) => Ok(Some(snapshot)),
+            Some(snapshot) => self.drop_snapshot(snapshot).await.map(|()| None),
+            None => Ok(None),
         }
     }
 

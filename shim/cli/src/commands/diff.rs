@@ -11,6 +11,7 @@ use vmctr_images::path::TreePath;
 use vmctr_images::upper::{Scope, Status, Walk, diff};
 
 use super::Context;
+use crate::container;
 use crate::failure::{Failure, Outcome, Verdict};
 use crate::output;
 use crate::source::Source;
@@ -27,17 +28,14 @@ struct Line {
 /// Prints the changes.
 pub async fn run(context: &Context, id: &str) -> Outcome {
     let client = context.containerd().await?;
-    let mut source = Source::open(context, &client, id, true).await?;
+    let container = container::find(context, &client, id).await?;
+    let source = Source::open(context, container, true).await?;
     if source.scope == Scope::Everything {
         return Err(one_folder(id));
     }
-    let (source, lines) = spawn_blocking(move || {
-        let lines = changes(&source);
-        source.release().and(lines.map(|lines| (source, lines)))
-    })
-    .await
-    .context("reading was interrupted")??;
-    drop(source);
+    let still = source.still.clone();
+    let lines = spawn_blocking(move || changes(&source)).await.context("reading was interrupted")??;
+    still.release().await?;
     if context.json {
         output::json(&lines)?;
     } else if !lines.is_empty() {

@@ -9,20 +9,21 @@
 //! Invariant: as long as a [`Source`] is held, nothing but the holder changes its folders.
 
 mod spool;
+mod still;
 
 use std::path::PathBuf;
-use std::time::Instant;
 
-use containerd_client::Client;
 use tempfile::TempDir;
 use vmctr_images::root::{RootPlan, Upper};
 use vmctr_images::upper::{Consistency, Layers, Namespace, Scope};
 use vmctr_vmm::run_dir;
 
 use crate::commands::Context;
-use crate::container::{self, Container};
+use crate::container::Container;
 use crate::control::{self, Hold};
 use crate::failure::Failure;
+pub use spool::Archive;
+pub use still::Still;
 
 /// A container's layers, readable.
 pub struct Source {
@@ -34,34 +35,27 @@ pub struct Source {
     pub scope: Scope,
     /// Whether they may change while they are read.
     pub consistency: Consistency,
-    /// Since when it stands still, if it does.
-    pub held_since: Option<Instant>,
-    hold: Option<Hold>,
+    /// Its standing still.
+    pub still: Still,
+    /// Of its shim, if it has a VM.
+    socket: Option<PathBuf>,
     /// A copy of the upper that the guest keeps.
     _spool: Option<TempDir>,
 }
 
 impl Source {
-    /// Finds the container and makes its changes readable: written back and, if `freeze`, standing still.
-    pub async fn open(context: &Context, client: &Client, id: &str, freeze: bool) -> Result<Self, Failure> {
-        let container = container::find(context, client, id).await?;
-        let socket = socket(context, id)?;
-        let begun = Instant::now();
+    /// Makes the container's changes readable: written back and, if `freeze`, standing still.
+    pub async fn open(context: &Context, container: Container, freeze: bool) -> Result<Self, Failure> {
+        let socket = socket(context, &container.id)?;
         let hold = match &socket {
             Some(socket) => begin(socket, freeze).await?,
             None => None,
         };
-        let (folders, scope, spool) = folders(&container, socket).await?;
         let live = hold.is_some() && !freeze;
-        Ok(Self {
-            container,
-            folders,
-            scope,
-            consistency: if live { Consistency::Live } else { Consistency::Frozen },
-            held_since: (hold.is_some() && freeze).then_some(begun),
-            hold,
-            _spool: spool,
-        })
+        let still = Still::of(hold);
+        let (folders, scope, spool) = folders(&container, socket.as_ref()).await?;
+        let consistency = if live { Consistency::Live } else { Consistency::Frozen };
+        Ok(Self { container, folders, scope, consistency, still, socket, _spool: spool })
     }
 
     /// Opens its folders.
@@ -69,12 +63,10 @@ impl Source {
         Ok(Layers::open(&self.folders, Namespace::Trusted)?)
     }
 
-    /// Lets the container run on. Fails if it did so before.
-    pub fn release(&mut self) -> Result<(), Failure> {
-        match self.hold.take() {
-            Some(hold) => Ok(hold.release()?),
-            None => Ok(()),
-        }
+    /// Its root as its processes see it; `None` without a VM.
+    pub async fn merged(&self) -> Result<Option<Archive>, Failure> {
+        let Some(socket) = &self.socket else { return Ok(None) };
+        Ok(control::read_merged(socket).await?.map(Archive::of))
     }
 }
 
@@ -100,7 +92,7 @@ async fn begin(socket: &std::path::Path, freeze: bool) -> Result<Option<Hold>, F
 /// The folders to read, what they tell, and the copy that one of them may be.
 async fn folders(
     container: &Container,
-    socket: Option<PathBuf>,
+    socket: Option<&PathBuf>,
 ) -> Result<(Vec<PathBuf>, Scope, Option<TempDir>), Failure> {
     match &container.root {
         RootPlan::Folder { path, .. } => Ok((vec![path.clone()], Scope::Everything, None)),
@@ -114,7 +106,7 @@ async fn folders(
                 }
                 Upper::Guest => {
                     let socket = socket.ok_or_else(|| gone(&container.id))?;
-                    let spool = spool::fetch(&socket).await?;
+                    let spool = spool::fetch(socket).await?;
                     folders.insert(0, spool.path().join(spool::UPPER));
                     Some(spool)
                 }

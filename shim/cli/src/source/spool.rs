@@ -28,7 +28,7 @@ const LIMIT: u64 = 64 << 30;
 /// Fetches the folder.
 pub async fn fetch(socket: &Path) -> Result<TempDir, Failure> {
     let stream = control::read_upper(socket).await?;
-    let archive = Archive { runtime: Handle::current(), stream, chunk: vec![], read: 0 };
+    let archive = Archive::of(stream);
     Ok(spawn_blocking(move || unpack(archive)).await.context("unpacking was interrupted")??)
 }
 
@@ -44,11 +44,18 @@ fn unpack(archive: Archive) -> anyhow::Result<TempDir> {
 }
 
 /// The pieces as one stream, for a thread that may block.
-struct Archive {
+pub struct Archive {
     runtime: Handle,
     stream: Streaming<ReadUpperReply>,
     chunk: Vec<u8>,
     read: usize,
+}
+
+impl Archive {
+    /// What a shim passes on.
+    pub fn of(stream: Streaming<ReadUpperReply>) -> Self {
+        Self { runtime: Handle::current(), stream, chunk: vec![], read: 0 }
+    }
 }
 
 impl Read for Archive {

@@ -4,6 +4,7 @@
 //! driver carries it out all the same.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tonic::Streaming;
@@ -80,11 +81,13 @@ pub enum ContainerRequest {
     /// Thaws it.
     Resume(Answer<()>),
     /// Freezes it, when told so, and writes its changes back, until released.
-    Hold(bool, Answer<()>),
-    /// Ends the hold.
-    Release(Answer<()>),
+    Hold(bool, Answer<u64>),
+    /// Ends the hold of this number; tells how long it froze the container.
+    Release(u64, Answer<Duration>),
     /// Begins to read the upper folder that it keeps in the guest.
     ReadUpper(Answer<Streaming<UpperChunk>>),
+    /// Begins to read its root as its processes see it.
+    ReadMerged(Answer<Streaming<UpperChunk>>),
     /// Its processes in the guest.
     Pids(Answer<Vec<Pid>>),
     /// Its cgroup's figures.

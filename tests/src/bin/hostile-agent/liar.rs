@@ -174,6 +174,13 @@ impl Agent for Liar {
         Ok(Response::new(Box::pin(iter(0..).map(|_: u64| Ok(UpperChunk { data: vec![b'x'; 1 << 16] })))))
     }
 
+    type ReadMergedStream = Self::ReadUpperStream;
+
+    /// The same.
+    async fn read_merged(&self, container: Request<ContainerRef>) -> Reply<Self::ReadMergedStream> {
+        self.read_upper(container).await
+    }
+
     async fn flush(&self, _: Request<Empty>) -> Reply<Empty> {
         agree()
     }

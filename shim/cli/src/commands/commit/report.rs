@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 use vmctr_images::commit::Committed;
 use vmctr_images::path::TreePath;
+use vmctr_images::tree::Difference;
 use vmctr_images::upper::Notes;
 
 use crate::output;
@@ -14,10 +15,12 @@ use crate::output;
 #[derive(Default)]
 pub struct Report {
     /// How long the container stood still.
-    pub pause: Option<Duration>,
+    pause: Option<Duration>,
     image: Option<Image>,
     folder: Option<(PathBuf, u64)>,
     warnings: Vec<String>,
+    /// How the image differs from the container, once compared.
+    differences: Option<Vec<String>>,
 }
 
 #[derive(Clone, Serialize)]
@@ -43,6 +46,10 @@ struct View<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pause_micros: Option<u64>,
     warnings: &'a [String],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    verified: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    differences: Option<&'a [String]>,
 }
 
 impl Report {
@@ -70,9 +77,31 @@ impl Report {
         self.folder = Some((dir.to_owned(), entries));
     }
 
-    /// Something was left out.
+    /// The container stood still so long.
+    pub fn frozen(&mut self, time: Duration) {
+        self.pause = Some(time).filter(|time| !time.is_zero());
+    }
+
+    /// The stored layer is not what was written.
+    pub fn damaged(&mut self) {
+        self.differences.get_or_insert_default().push("the stored layer has another digest".to_owned());
+    }
+
+    /// The image was compared with the container.
+    pub fn compared(&mut self, found: &[Difference]) {
+        self.differences.get_or_insert_default().extend(found.iter().map(|found| format!("/{found}")));
+    }
+
+    /// Whether a comparison found something.
+    pub fn differs(&self) -> bool {
+        self.differences.as_ref().is_some_and(|differences| !differences.is_empty())
+    }
+
+    /// Something was left out. What was copied first is read twice, but noted once.
     pub fn notes(&mut self, notes: &Notes) {
-        self.warnings.extend(notes.kept.iter().map(ToString::to_string));
+        let mut warnings: Vec<_> = notes.kept.iter().map(ToString::to_string).collect();
+        warnings.retain(|warning| !self.warnings.contains(warning));
+        self.warnings.append(&mut warnings);
         if notes.more > 0 {
             self.warnings.push(format!("and {} more", notes.more));
         }
@@ -90,6 +119,7 @@ impl Report {
             return output::json(&self.view());
         }
         self.warnings.iter().for_each(|warning| eprintln!("vmctr: warning: {warning}"));
+        self.differences.iter().flatten().for_each(|difference| eprintln!("vmctr: differs: {difference}"));
         match &self.image {
             Some(image) if quiet => output::print_line(&image.digest),
             _ if quiet => Ok(()),
@@ -104,6 +134,8 @@ impl Report {
             folder_entries: self.folder.as_ref().map(|(_, entries)| *entries),
             pause_micros: self.pause.map(|pause| u64::try_from(pause.as_micros()).unwrap_or(u64::MAX)),
             warnings: &self.warnings,
+            verified: self.differences.as_ref().map(Vec::is_empty),
+            differences: self.differences.as_deref(),
         }
     }
 
@@ -122,6 +154,11 @@ impl Report {
         }
         if let Some(pause) = self.pause {
             rows.push(("Pause", format!("{:.3} s", pause.as_secs_f64())));
+        }
+        match &self.differences {
+            None => {}
+            Some(found) if found.is_empty() => rows.push(("Verified", "yes".to_owned())),
+            Some(found) => rows.push(("Verified", format!("no: {} differences", found.len()))),
         }
         output::pairs(rows)
     }

@@ -51,6 +51,8 @@ pub struct Container {
     kill_deadline: Option<Instant>,
     last_oom: Option<Instant>,
     held: Option<Held>,
+    /// Holds so far: the number of the last one.
+    holds: u64,
 }
 
 impl Container {
@@ -67,6 +69,7 @@ impl Container {
             kill_deadline: None,
             last_oom: None,
             held: None,
+            holds: 0,
         }
     }
 
