@@ -199,6 +199,94 @@ fn equal_changes_give_equal_layers() {
 }
 
 #[test]
+fn a_verified_commit_shows_what_the_guest_sees_in_every_store() {
+    let rig = Rig::vmctr();
+    let container = changed(&rig, "verified");
+    let out = rig.new_folder("out");
+    let at = |name: &str| out.join(name).display().to_string();
+    let folder = at("folder");
+    for more in [
+        vec![],
+        vec!["--timestamp", "1000000001"],
+        vec!["--squash"],
+        vec!["--output", &format!("oci:{}", at("layout"))],
+        vec!["--output", &format!("oci-archive:{}", at("archive")), "--compression", "gzip"],
+        vec!["--to-dir", &folder],
+    ] {
+        let report = commit(&rig, &container, &[&["--verify"], &more[..]].concat());
+        assert_eq!(report["verified"], true, "{more:?}: {report}");
+        assert!(report["pause_micros"].as_u64().is_some_and(|pause| pause > 0), "{report}");
+    }
+    container.sh("echo goes on").ok().prints("goes on");
+    container.kill("KILL").ok();
+    container.wait_for("STOPPED");
+    assert_eq!(commit(&rig, &container, &["--verify"])["verified"], true);
+    container.remove();
+}
+
+#[test]
+fn a_verification_finds_a_base_that_was_changed_behind_the_guests_back() {
+    let rig = Rig::vmctr();
+    let root = rig.busybox_root("start", &[]);
+    let (upper, folder) = (rig.new_folder("upper"), rig.new_folder("out").join("new"));
+    let container = rig
+        .container_in(&root, "folder")
+        .annotation("io.vmctr.upper-dir", upper.display())
+        .args(["/bin/sleep", "1000"])
+        .detached();
+    container.sh("cat /etc/marker; echo new > /new").ok();
+    // Of the same length and time: the guest has no reason to read it again.
+    let (marker, time) =
+        (root.join("etc/marker"), root.join("etc/marker").metadata().expect("there").modified());
+    let changed = fs::read(&marker).expect("readable").to_ascii_uppercase();
+    fs::write(&marker, changed).expect("writable");
+    let file = fs::File::options().write(true).open(&marker).expect("writable");
+    file.set_modified(time.expect("a time")).expect("settable");
+    let args = ["commit", "--verify", "--to-dir", folder.to_str().expect("text"), container.id()];
+    let output = vmctr(&rig, &args).exits(1);
+    let differs = output.errors();
+    assert!(differs.contains("differs: /etc/marker"), "{output}");
+    assert_eq!(differs.lines().count(), 1, "{output}");
+    container.remove();
+}
+
+#[test]
+fn what_was_paused_stays_paused() {
+    let rig = Rig::vmctr();
+    let container = changed(&rig, "paused");
+    container.task("pause", &[]).ok();
+    let report = commit(&rig, &container, &["--verify"]);
+    assert_eq!((&report["pause_micros"], &report["verified"]), (&serde_json::Value::Null, &true.into()));
+    assert_eq!(container.status().as_deref(), Some("PAUSED"));
+    container.task("resume", &[]).ok();
+    container.sh("cat /new").ok().prints("new");
+    container.remove();
+}
+
+#[test]
+fn without_a_pause_what_changes_is_named() {
+    let rig = Rig::vmctr();
+    let container = rig.container("writes").sh("while :; do date >> /log; done").detached();
+    container.sh("head -c 30000000 /dev/urandom > /big; echo still > /still").ok();
+    let report = commit(&rig, &container, &["--pause=false"]);
+    assert_eq!(report["pause_micros"], serde_json::Value::Null, "{report}");
+    let warnings = report["warnings"].to_string();
+    assert!(!warnings.contains("still"), "{warnings}");
+    vmctr(&rig, &["commit", "--pause=false", "--verify", container.id(), IMAGE])
+        .exits(125)
+        .fails_naming(&["--verify", "pause"]);
+    container.kill("KILL").ok();
+    container.wait_for("STOPPED");
+    container.remove();
+    rig.container_of(IMAGE, "look")
+        .under("io.containerd.runc.v2")
+        .sh("cat /still")
+        .output()
+        .ok()
+        .prints("still");
+}
+
+#[test]
 fn what_cannot_be_committed_is_named() {
     let rig = Rig::vmctr();
     vmctr(&rig, &["commit", "nobody", IMAGE]).exits(127).fails_naming(&["nobody"]);
@@ -208,6 +296,7 @@ fn what_cannot_be_committed_is_named() {
     vmctr(&rig, &["commit", "-c", "RUN x", id, IMAGE]).exits(125).fails_naming(&["RUN"]);
     vmctr(&rig, &["commit", "--compression", "xz", id, IMAGE]).exits(125).fails_naming(&["xz", "zstd"]);
     vmctr(&rig, &["commit", "--subtree", "../x", id, IMAGE]).exits(125).fails_naming(&["../x"]);
+    vmctr(&rig, &["commit", "--subtree", "/no/such", id, IMAGE]).exits(125).fails_naming(&["/no/such"]);
     vmctr(&rig, &["commit", "--to-dir", "/proc/new", id]).exits(125).fails_naming(&["/proc/new"]);
     container.sh("touch /etc/.wh.passwd").ok();
     vmctr(&rig, &["commit", id, IMAGE]).exits(125).fails_naming(&[".wh.passwd"]);

@@ -7,7 +7,7 @@
 //!   otherwise                         nowhere: the layer is made from the upper
 //! ```
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use tempfile::TempDir;
@@ -104,9 +104,9 @@ impl Work<'_> {
         Ok(Staged::Snapshot(snapshot))
     }
 
-    async fn in_folder(&mut self, dir: &PathBuf) -> Result<(), Failure> {
+    async fn in_folder(&mut self, dir: &Path) -> Result<(), Failure> {
         let (layers, consistency) = (self.source.layers()?, self.source.consistency);
-        let (scope, subtree, to) = (self.source.scope, self.order.subtree.clone(), dir.clone());
+        let (scope, subtree, to) = (self.source.scope, self.order.subtree.clone(), dir.to_owned());
         let copied = spawn_blocking(move || {
             let changes = Changes { layers: &layers, scope, subtree: &subtree };
             capture(&changes, consistency, Namespace::Trusted, &to)
