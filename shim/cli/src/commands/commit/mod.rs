@@ -107,5 +107,5 @@ fn check_subtree(layers: &Layers, order: &Order) -> Result<(), Failure> {
     if layers.show(0, path)? || deleted()? {
         return Ok(());
     }
-    Err(Failure::failed(anyhow!("--subtree /{path}: the container has no such path, and its image neither")))
+    Err(Failure::failed(anyhow!("--subtree {path}: the container has no such path, and its image neither")))
 }

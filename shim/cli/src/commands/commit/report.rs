@@ -89,7 +89,7 @@ impl Report {
 
     /// The image was compared with the container.
     pub fn compared(&mut self, found: &[Difference]) {
-        self.differences.get_or_insert_default().extend(found.iter().map(|found| format!("/{found}")));
+        self.differences.get_or_insert_default().extend(found.iter().map(ToString::to_string));
     }
 
     /// Whether a comparison found something.
