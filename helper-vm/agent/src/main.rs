@@ -8,6 +8,7 @@
 //!               devices     waits for the vsock device, which a VM from a template gets after its start
 //!               identity    makes randomness and clock this VM's own
 //!               guest       the actor: sole owner of containers, processes, events; reaps
+//!               archive     a guest-side upper folder as a tar stream
 //!               stdio       raw streams on vsock STDIO, one copying thread per stream
 //!               └─ vmctr-agent runtime create|exec ... (short-lived, single-threaded)
 //!                     rootfs   overlay or bind mount of the container's root
@@ -17,6 +18,7 @@
 //! PID 1 never forks without executing: it has threads. Everything that forks for long, or may block on
 //! the share, happens in the `runtime` subcommand.
 
+mod archive;
 mod boot;
 mod cgroup;
 mod devices;

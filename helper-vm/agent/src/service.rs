@@ -13,7 +13,7 @@ use vmctr_proto::agent::agent_server::{Agent, AgentServer};
 use vmctr_proto::agent::{
     ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, EventsRequest, HelloReply,
     HelloRequest, MountShareRequest, PidsReply, ProcessRef, ResizePtyRequest, SignalRequest, StartReply,
-    StatsReply, UpdateRequest,
+    StatsReply, UpdateRequest, UpperChunk,
 };
 use vmctr_proto::{PROTOCOL_VERSION, PROTOCOL_VERSION_MIN, negotiate, ports};
 
@@ -26,6 +26,8 @@ use crate::verbs;
 
 /// Events on their way to the host before the next is taken from the log.
 const EVENTS_AHEAD: usize = 64;
+/// Pieces of an archive on their way to the host before the next is read.
+const CHUNKS_AHEAD: usize = 4;
 /// How long the host has to take the one connection that says that the agent serves.
 const READY_TIME: Duration = Duration::from_secs(10);
 
@@ -169,8 +171,39 @@ impl Agent for Service {
         done(verbs::update(self.guest.clone(), request.into_inner())).await
     }
 
+    type ReadUpperStream = ReceiverStream<Result<UpperChunk, Status>>;
+
+    async fn read_upper(
+        &self,
+        request: Request<ContainerRef>,
+    ) -> Result<Response<Self::ReadUpperStream>, Status> {
+        let (sender, receiver) = mpsc::channel(CHUNKS_AHEAD);
+        let read = verbs::read_upper(self.guest.clone(), request.into_inner(), sender.clone());
+        tokio::spawn(send_archive(read, sender));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    type ReadMergedStream = ReceiverStream<Result<UpperChunk, Status>>;
+
+    async fn read_merged(
+        &self,
+        request: Request<ContainerRef>,
+    ) -> Result<Response<Self::ReadMergedStream>, Status> {
+        let (sender, receiver) = mpsc::channel(CHUNKS_AHEAD);
+        let read = verbs::read_merged(self.guest.clone(), request.into_inner(), sender.clone());
+        tokio::spawn(send_archive(read, sender));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
     async fn flush(&self, _: Request<Empty>) -> Result<Response<Empty>, Status> {
         done(verbs::flush(self.guest.clone())).await
+    }
+}
+
+/// Feeds one archive to the host, and the error that ended it early.
+async fn send_archive(read: impl Future<Output = Result<(), verbs::Error>>, host: verbs::UpperSender) {
+    if let Err(error) = read.await {
+        let _ = host.send(Err(error.to_status())).await;
     }
 }
 

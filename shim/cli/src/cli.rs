@@ -3,9 +3,13 @@
 //! Flags that concern the whole program stand before the verb: a verb may then use the same letters for
 //! its own purpose. Only `--json` may stand on either side.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
+use std::str::FromStr;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgAction, Args, Parser, Subcommand};
+use vmctr_images::config::{Format, Instruction};
+use vmctr_images::layer::Compression;
 
 /// Where containerd listens unless told otherwise.
 pub const DEFAULT_ADDRESS: &str = "/run/containerd/containerd.sock";
@@ -20,7 +24,8 @@ Exit codes:
   125  vmctr could not do its work: wrong usage, bad configuration, a failed system call
   127  what the command names does not exist: no such container, no guest assets";
 
-/// Containers that each run behind their own kernel: look at them, check this host, build the guest.
+/// Containers that each run behind their own kernel: look at them, commit them, check this host, build the
+/// guest.
 #[derive(Debug, Parser)]
 #[command(name = "vmctr", version, after_help = EXIT_CODES, arg_required_else_help = true, args_override_self = true)]
 pub struct Cli {
@@ -61,6 +66,22 @@ pub enum Verb {
         #[arg(value_name = "ID")]
         id: String,
     },
+    /// Turn what a container changed into an image, a folder, or both
+    ///
+    /// A running container stands still while its changes are read, then runs on. The image is the
+    /// container's image and one layer more; any runtime can run it.
+    Commit(Box<CommitArgs>),
+    /// List what a container changed: A (added), C (changed) or D (deleted), and the path
+    ///
+    /// A running container stands still meanwhile.
+    Diff {
+        /// The container's ID
+        #[arg(value_name = "CONTAINER")]
+        container: String,
+    },
+    /// Look into layers of images
+    #[command(subcommand)]
+    Layer(LayerVerb),
     /// Print the versions of vmctr, of the agent protocol and of containerd, if it answers
     Version,
     /// Build or look at what the VMs boot: a kernel and an initramfs
@@ -128,6 +149,119 @@ pub struct TemplateRm {
     /// Every template
     #[arg(long, conflicts_with = "keys")]
     pub all: bool,
+}
+
+/// Arguments of `vmctr commit`.
+#[derive(Args, Debug)]
+pub struct CommitArgs {
+    /// Author of the image, such as "Jo Doe <jo@example.org>"
+    #[arg(short, long, value_name = "NAME")]
+    pub author: Option<String>,
+    /// Comment in the image's history
+    #[arg(short, long, value_name = "TEXT")]
+    pub message: Option<String>,
+    /// Change to the image's config, as in a Dockerfile: CMD, ENTRYPOINT, ENV, USER, WORKDIR, LABEL, EXPOSE,
+    /// VOLUME or STOPSIGNAL; may be given several times
+    #[arg(short = 'c', long = "change", value_name = "INSTRUCTION")]
+    pub changes: Vec<Instruction>,
+    /// Stop the container's processes while its changes are read; --pause=false lets them run
+    #[arg(short, long, value_name = "BOOL", default_value_t = true, default_missing_value = "true",
+        action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    pub pause: bool,
+    /// How the layer is compressed: zstd, gzip or none, with a level as in zstd:9
+    #[arg(long, value_name = "KIND[:LEVEL]", default_value_t = Compression::default())]
+    pub compression: Compression,
+    /// Media types: oci or docker
+    #[arg(long, value_name = "FORMAT", default_value = "oci")]
+    pub format: Format,
+    /// Seconds since 1970: the image's time, and the latest that a file of the layer may have
+    #[arg(long, value_name = "SECONDS", env = "SOURCE_DATE_EPOCH", allow_negative_numbers = true)]
+    pub timestamp: Option<i64>,
+    /// Make one layer of everything: the image has no other
+    #[arg(long)]
+    pub squash: bool,
+    /// Only changes at or below this path in the container
+    #[arg(long, value_name = "PATH")]
+    pub subtree: Option<OsString>,
+    /// Also, or without REF only, put the changes into this new folder, as an overlay's next lower layer
+    #[arg(long, value_name = "DIR")]
+    pub to_dir: Option<PathBuf>,
+    /// Where the image goes: containerd, oci:DIR[:TAG] or oci-archive:FILE
+    #[arg(long, value_name = "STORE", default_value = "containerd")]
+    pub output: ImageStore,
+    /// Read the stored layer again, put it on the base and compare that with what the container shows; the
+    /// container stands still meanwhile
+    ///
+    /// Exits 1 when they differ.
+    #[arg(long, conflicts_with = "subtree")]
+    pub verify: bool,
+    /// Print the image's digest only
+    #[arg(short, long, conflicts_with = "json")]
+    pub quiet: bool,
+    /// The container's ID
+    #[arg(value_name = "CONTAINER")]
+    pub container: String,
+    /// The image's name, such as docker.io/library/mine:1
+    #[arg(value_name = "REF")]
+    pub reference: Option<String>,
+}
+
+/// Where an image goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ImageStore {
+    /// containerd's content store.
+    Containerd,
+    /// An OCI layout folder.
+    Layout {
+        /// The folder.
+        dir: PathBuf,
+        /// The image's name in it.
+        tag: Option<String>,
+    },
+    /// An archive of such a folder.
+    Archive(PathBuf),
+}
+
+impl FromStr for ImageStore {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once(':') {
+            None if text == "containerd" => Ok(Self::Containerd),
+            Some(("oci", place)) if !place.is_empty() => Ok(layout(place)),
+            Some(("oci-archive", file)) if !file.is_empty() => Ok(Self::Archive(file.into())),
+            _ => Err("use containerd, oci:DIR[:TAG] or oci-archive:FILE".to_owned()),
+        }
+    }
+}
+
+/// What follows the last colon is a tag unless it is part of a path.
+fn layout(place: &str) -> ImageStore {
+    match place.rsplit_once(':') {
+        Some((dir, tag)) if !dir.is_empty() && !tag.is_empty() && !tag.contains('/') => {
+            ImageStore::Layout { dir: dir.into(), tag: Some(tag.to_owned()) }
+        }
+        _ => ImageStore::Layout { dir: place.into(), tag: None },
+    }
+}
+
+/// Verbs of `vmctr layer`.
+#[derive(Debug, Subcommand)]
+pub enum LayerVerb {
+    /// List the entries of a layer; of an image, those of its topmost layer
+    Ls(LayerArgs),
+    /// Read a layer, or all layers of an image, and check their digests
+    ///
+    /// Exits 1 when a layer is damaged or its digest differs.
+    Verify(LayerArgs),
+}
+
+/// Arguments of the verbs of `vmctr layer`.
+#[derive(Args, Debug)]
+pub struct LayerArgs {
+    /// A layer's file (tar, gzip or zstd), or an image's name in containerd
+    #[arg(value_name = "FILE|REF")]
+    pub source: String,
 }
 
 /// Verbs of `vmctr guest`.
@@ -214,5 +348,43 @@ mod tests {
         assert!(!build(&["--kernel", "k"]));
         assert!(!build(&["--modules", "m"]));
         assert!(!build(&["--deb", "d", "--kernel", "k", "--modules", "m"]));
+    }
+
+    fn commit(more: &[&str]) -> Result<CommitArgs, clap::Error> {
+        match Cli::try_parse_from(["vmctr", "commit"].iter().chain(more))?.verb {
+            Verb::Commit(args) => Ok(*args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_commit_pauses_unless_told_otherwise() {
+        assert!(commit(&["c", "r"]).unwrap().pause);
+        assert!(commit(&["-p", "c", "r"]).unwrap().pause);
+        assert!(!commit(&["--pause=false", "c", "r"]).unwrap().pause);
+        assert!(commit(&["--pause=maybe", "c", "r"]).is_err());
+    }
+
+    #[test]
+    fn short_letters_belong_to_commit_behind_it() {
+        let args = commit(&["-a", "me", "-m", "why", "-c", "CMD x", "-c", "ENV A=1", "c", "r"]).unwrap();
+        assert_eq!((args.author.as_deref(), args.changes.len()), (Some("me"), 2));
+        assert!(commit(&["-c", "RUN x", "c", "r"]).is_err());
+    }
+
+    #[test]
+    fn stores_are_told_apart() {
+        let store = |text: &str| text.parse::<ImageStore>();
+        let layout = |dir: &str, tag: Option<&str>| {
+            Ok(ImageStore::Layout { dir: dir.into(), tag: tag.map(str::to_owned) })
+        };
+        assert_eq!(store("containerd"), Ok(ImageStore::Containerd));
+        assert_eq!(store("oci:/a/b"), layout("/a/b", None));
+        assert_eq!(store("oci:/a/b:1.0"), layout("/a/b", Some("1.0")));
+        assert_eq!(store("oci:/a:b/c"), layout("/a:b/c", None));
+        assert_eq!(store("oci-archive:/x.tar"), Ok(ImageStore::Archive("/x.tar".into())));
+        for bad in ["", "docker", "oci:", "oci-archive:", "containerd:x"] {
+            assert!(store(bad).is_err(), "{bad}");
+        }
     }
 }

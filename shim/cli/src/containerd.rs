@@ -58,11 +58,14 @@ pub async fn version(address: &Path) -> Result<String, Error> {
     tokio::time::timeout(PATIENCE, ask_version(address)).await.map_err(silent)?
 }
 
-async fn ask_version(address: &Path) -> Result<String, Error> {
+/// A connection.
+pub async fn connect(address: &Path) -> Result<Client, Error> {
     probe(address)?;
-    let client = Client::from_path(address)
-        .await
-        .map_err(|source| Error::Channel { address: address.to_owned(), source })?;
+    Client::from_path(address).await.map_err(|source| Error::Channel { address: address.to_owned(), source })
+}
+
+async fn ask_version(address: &Path) -> Result<String, Error> {
+    let client = connect(address).await?;
     let reply = client.version().version(()).await.map_err(|status| Error::Version {
         address: address.to_owned(),
         message: status.message().to_owned(),

@@ -1,8 +1,11 @@
-//! `vmctr`: looks at the VMs that containers run in, checks the host, builds the guest.
+//! `vmctr`: looks at the VMs that containers run in, turns their changes into images, checks the host,
+//! builds the guest.
 //!
 //! ```text
 //!   cli.rs       the command line as data
 //!   commands/    one module per verb ──> control.rs (shim's socket), containerd.rs, vms.rs (run directories)
+//!   container.rs a container as containerd records it
+//!   source/      where a container's changes are, held still while they are read
 //!   failure.rs   exit codes, messages, hints
 //!   output.rs    tables and JSON
 //! ```
@@ -11,10 +14,13 @@
 
 mod cli;
 mod commands;
+mod container;
 mod containerd;
 mod control;
 mod failure;
 mod output;
+mod progress;
+mod source;
 mod vms;
 
 use std::io::IsTerminal;

@@ -4,7 +4,7 @@
 //!   launch    how containerd runs this program: start, server, delete, -info
 //!   service   the task API on ttrpc        control   what the CLI asks
 //!   sandbox   the driver, which owns the container, and all it is made of
-//!   oci, mounts, annotations               what was asked for, checked
+//!   oci, annotations                       what was asked for, checked
 //!   stdio, events, stats, log, hooks       what goes back and out
 //! ```
 
@@ -15,7 +15,6 @@ mod events;
 mod hooks;
 mod launch;
 mod log;
-mod mounts;
 mod oci;
 mod sandbox;
 mod service;

@@ -28,6 +28,8 @@ pub use plan::{PlanError, RootPlan};
 pub const ROOTFS: &str = "rootfs";
 const LAYERS: &str = "layers";
 const GUEST_UPPER: &str = "upper";
+/// The upper folder on the tmpfs.
+const UPPER: &str = "upper";
 
 /// Building or removing the root failed.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +75,12 @@ pub fn remove(dir: &Path) -> Result<(), Error> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => step("removing", dir, Err(error)),
         _ => Ok(()),
     }
+}
+
+/// Where a container in `dir` keeps its changes, if that is in the guest.
+pub fn guest_upper(dir: &Path) -> Option<PathBuf> {
+    let upper = dir.join(GUEST_UPPER).join(UPPER);
+    upper.is_dir().then_some(upper)
 }
 
 fn in_share(folder: &Path) -> Result<PathBuf, Error> {
@@ -130,7 +138,7 @@ fn upper_folders(upper: &Upper, dir: &Path) -> Result<Option<(PathBuf, PathBuf)>
                 &base,
                 mount("tmpfs", &base, "tmpfs", MountFlags::empty(), options.as_c_str()),
             )?;
-            let folders = (base.join("upper"), base.join("work"));
+            let folders = (base.join(UPPER), base.join("work"));
             step("creating", &folders.0, fs::create_dir(&folders.0))?;
             step("creating", &folders.1, fs::create_dir(&folders.1))?;
             Ok(Some(folders))

@@ -14,6 +14,7 @@ mod signal;
 mod start;
 mod terminal;
 mod update;
+mod upper;
 
 use std::error::Error as _;
 use std::io;
@@ -21,7 +22,7 @@ use std::io;
 use tonic::{Code, Status};
 
 use crate::guest::{AdoptError, HelperError, LookupError, WatchError, WrongState};
-use crate::{cgroup, ids, rootfs, spec, stdio};
+use crate::{archive, cgroup, ids, rootfs, spec, stdio};
 
 pub use create::create;
 pub use delete::delete;
@@ -34,6 +35,7 @@ pub use signal::signal;
 pub use start::start;
 pub use terminal::resize;
 pub use update::update;
+pub use upper::{UpperSender, read_merged, read_upper};
 
 /// A call failed.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +64,8 @@ pub enum Error {
     Argument(String),
     #[error("{0}")]
     Io(String, #[source] io::Error),
+    #[error(transparent)]
+    Archive(#[from] archive::Error),
     #[error(transparent)]
     Watch(#[from] WatchError),
     #[error("marking the container as running")]

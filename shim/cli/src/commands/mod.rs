@@ -1,8 +1,11 @@
 //! One module per verb.
 
+mod commit;
+mod diff;
 mod doctor;
 mod guest;
 mod inspect;
+mod layer;
 mod pool;
 mod ps;
 mod template;
@@ -35,6 +38,9 @@ pub async fn run(cli: Cli) -> Outcome {
         Verb::Doctor => doctor::run(&context).await,
         Verb::Ps => ps::run(&context).await,
         Verb::Inspect { id } => inspect::run(&context, &id).await,
+        Verb::Commit(args) => commit::run(&context, *args).await,
+        Verb::Diff { container } => diff::run(&context, &container).await,
+        Verb::Layer(verb) => layer::run(&context, verb).await,
         Verb::Version => version::run(&context).await,
         Verb::Guest(verb) => guest::run(&context, verb),
         Verb::Pool(PoolVerb::Run) => pool::run(&config()?),

@@ -87,7 +87,7 @@ mod tests {
     }
 
     fn silent() -> Result<InspectReply, control::Error> {
-        Err(control::Error::Silent { socket: "/s".into() })
+        Err(control::Error::Silent { socket: "/s".into(), patience: std::time::Duration::ZERO })
     }
 
     #[test]

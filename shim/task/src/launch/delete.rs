@@ -7,14 +7,14 @@ use std::time::SystemTime;
 use anyhow::{Context, Result};
 use containerd_shim::Flags;
 use containerd_shim::protos::protobuf::Message;
+use vmctr_images::root::{UpperChoice, work_dir};
 use vmctr_vmm::config::Config;
 use vmctr_vmm::run_dir::{self, Role, RunKey};
 
 use super::{address_file, remove_socket, socket_path};
-use crate::annotations::{UpperChoice, upper_choice};
+use crate::annotations::upper_choice;
 use crate::error::chain;
 use crate::hooks::{self, Moment, State};
-use crate::mounts::work_dir;
 use crate::oci::OciSpec;
 use crate::sandbox::{Deleted, Exit, WorkDir};
 use crate::service::delete_response;

@@ -14,6 +14,7 @@ use containerd_shim::protos::api::Mount;
 use oci_spec::runtime::Hooks;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
+use vmctr_images::root::{self, RootPlan, Upper, UpperChoice};
 use vmctr_proto::agent::{CreateContainerRequest, Root};
 use vmctr_vmm::run_dir::Owner;
 use vmctr_vmm::spec::{Host, StartMode, VmSpec};
@@ -25,10 +26,9 @@ use super::session::{Session, SessionPlan};
 use super::share::{guest_root, share_spec};
 use super::task::Task;
 use super::warm::Warm;
-use crate::annotations::{UpperChoice, upper_choice};
+use crate::annotations::upper_choice;
 use crate::error::{Result, TaskError};
 use crate::hooks::{self, Moment, State};
-use crate::mounts::{self, RootPlan, Upper};
 use crate::oci::OciSpec;
 use crate::stdio::{self, Endpoints, Names};
 
@@ -89,7 +89,8 @@ fn plan(identity: &Identity, owner: Owner, rootfs: &[Mount]) -> Result<Plan> {
     let spec = OciSpec::load(&owner.bundle).map_err(|error| invalid(&error))?;
     let annotations = spec.annotations();
     let upper = upper_choice(&annotations).map_err(|error| invalid(&error))?;
-    let root = mounts::plan(rootfs, spec.root_path().as_deref(), &upper).map_err(|error| invalid(&error))?;
+    let rootfs: Vec<_> = rootfs.iter().map(described).collect();
+    let root = root::plan(&rootfs, spec.root_path().as_deref(), &upper).map_err(|error| invalid(&error))?;
     root.check().map_err(|error| invalid(&error))?;
     let guest = spec.for_guest(&owner.container_id).map_err(|error| invalid(&error))?;
     let vm = VmSpec::resolve(&identity.config.vm, &spec.limits(), &annotations, &Host::detect())
@@ -113,6 +114,11 @@ fn plan(identity: &Identity, owner: Owner, rootfs: &[Mount]) -> Result<Plan> {
         hooks: spec.hooks(),
         state,
     })
+}
+
+fn described(mount: &Mount) -> root::Mount {
+    let Mount { type_, source, options, .. } = mount.clone();
+    root::Mount { kind: type_, source, options }
 }
 
 /// The work folder that nobody but us would make: the one beside an upper-dir.

@@ -248,6 +248,10 @@ impl Live {
             }
             ContainerRequest::Pause(answer) => drop(answer.send(container.pause().await)),
             ContainerRequest::Resume(answer) => drop(answer.send(container.resume().await)),
+            ContainerRequest::Hold(freeze, answer) => drop(answer.send(container.hold(freeze).await)),
+            ContainerRequest::Release(hold, answer) => drop(answer.send(container.release(hold).await)),
+            ContainerRequest::ReadUpper(answer) => drop(answer.send(container.read_upper().await)),
+            ContainerRequest::ReadMerged(answer) => drop(answer.send(container.read_merged().await)),
             ContainerRequest::Pids(answer) => drop(answer.send(container.pids().await)),
             ContainerRequest::Stats(answer) => drop(answer.send(container.stats().await)),
             ContainerRequest::Update(resources, answer) => {

@@ -24,6 +24,7 @@ mod task;
 mod warm;
 mod work_dir;
 
+pub use agent::clean;
 pub use create::CreateRequest;
 pub use driver::{Identity, spawn};
 pub use process::{Exit, Phase};

@@ -4,9 +4,11 @@
 //! driver carries it out all the same.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
-use vmctr_proto::agent::StatsReply;
+use tonic::Streaming;
+use vmctr_proto::agent::{StatsReply, UpperChunk};
 use vmctr_proto::control::InspectReply;
 
 use super::create::CreateRequest;
@@ -78,6 +80,14 @@ pub enum ContainerRequest {
     Pause(Answer<()>),
     /// Thaws it.
     Resume(Answer<()>),
+    /// Freezes it, when told so, and writes its changes back, until released.
+    Hold(bool, Answer<u64>),
+    /// Ends the hold of this number; tells how long it froze the container.
+    Release(u64, Answer<Duration>),
+    /// Begins to read the upper folder that it keeps in the guest.
+    ReadUpper(Answer<Streaming<UpperChunk>>),
+    /// Begins to read its root as its processes see it.
+    ReadMerged(Answer<Streaming<UpperChunk>>),
     /// Its processes in the guest.
     Pids(Answer<Vec<Pid>>),
     /// Its cgroup's figures.

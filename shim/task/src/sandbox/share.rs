@@ -2,10 +2,10 @@
 //! and nowhere else.
 
 use vmctr_fileshare::share::{ShareSpec, Top, Volume as ShareVolume};
+use vmctr_images::root::{RootPlan, Upper};
 use vmctr_proto::agent::{GuestUpper, HostUpper, Overlay, Root, overlay, root};
 use vmctr_proto::control;
 
-use crate::mounts::{RootPlan, Upper};
 use crate::oci::Volume;
 
 /// What the daemon is to serve.

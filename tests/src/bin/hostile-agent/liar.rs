@@ -10,7 +10,7 @@ use vmctr_proto::agent::agent_server::{Agent, AgentServer};
 use vmctr_proto::agent::{
     ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, EventsRequest, ExitEvent,
     HelloReply, HelloRequest, MountShareRequest, PidsReply, ProcessId, ProcessRef, ResizePtyRequest,
-    SignalRequest, StartReply, StatsReply, UpdateRequest, event,
+    SignalRequest, StartReply, StatsReply, UpdateRequest, UpperChunk, event,
 };
 use vmctr_proto::ports;
 
@@ -169,6 +169,20 @@ impl Agent for Liar {
 
     async fn update(&self, _: Request<UpdateRequest>) -> Reply<Empty> {
         agree()
+    }
+
+    type ReadUpperStream = Pin<Box<dyn Stream<Item = Result<UpperChunk, Status>> + Send>>;
+
+    /// Bytes without end that are no archive.
+    async fn read_upper(&self, _: Request<ContainerRef>) -> Reply<Self::ReadUpperStream> {
+        Ok(Response::new(Box::pin(iter(0..).map(|_: u64| Ok(UpperChunk { data: vec![b'x'; 1 << 16] })))))
+    }
+
+    type ReadMergedStream = Self::ReadUpperStream;
+
+    /// The same.
+    async fn read_merged(&self, container: Request<ContainerRef>) -> Reply<Self::ReadMergedStream> {
+        self.read_upper(container).await
     }
 
     async fn flush(&self, _: Request<Empty>) -> Reply<Empty> {

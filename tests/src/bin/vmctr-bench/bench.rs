@@ -24,6 +24,9 @@ pub const SUBJECTS: [Subject; 2] = [
     Subject { name: REFERENCE, runtime: RUNC, annotations: &[] },
 ];
 
+/// Who commits beside vmctr.
+pub const BUILDAH: Subject = Subject { name: "buildah", runtime: RUNC, annotations: &[] };
+
 impl Subject {
     /// Whether each of its containers has a VM.
     pub fn has_vm(&self) -> bool {

@@ -1,7 +1,7 @@
 //! `vmctr-bench`: what a container costs under vmctr, and under runc on the same machine in the same minutes.
 //!
 //! ```text
-//!   start  concurrent  stdio  share  memory  stop     one file each: it runs containers and adds samples
+//!   start  concurrent  stdio  share  memory  stop  commit     one file each: it runs containers and adds samples
 //!        └──────────┴────┬───┴──────┴───────┘
 //!   bench                the rig, the subjects, how often
 //!   results ──> table    stdout, for people
@@ -12,6 +12,8 @@
 //! left, whether the program ends by itself, fails or is interrupted.
 
 mod bench;
+mod buildah;
+mod commit;
 mod concurrent;
 mod log;
 mod machine;
@@ -62,6 +64,7 @@ enum Benchmark {
     Share,
     Memory,
     Stop,
+    Commit,
 }
 
 impl Benchmark {
@@ -73,6 +76,7 @@ impl Benchmark {
             Self::Share => share::measure(bench),
             Self::Memory => memory::measure(bench),
             Self::Stop => stop::measure(bench),
+            Self::Commit => commit::measure(bench),
         }
     }
 }

@@ -5,7 +5,6 @@ use std::time::{Duration, SystemTime};
 use containerd_shim::protos::events::task::{TaskDelete, TaskExit, TaskOOM};
 use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
-use vmctr_proto::agent::Empty;
 
 use super::{CALL_LIMIT, Container, SIGKILL, deleted, no_process};
 use crate::error::Result;
@@ -19,9 +18,6 @@ use crate::stdio::{self, ProcessIo};
 
 /// Killing what is left of a container and unmounting its root.
 const DELETE_LIMIT: Duration = Duration::from_secs(30);
-
-/// Writing back what a container wrote last.
-const FLUSH_LIMIT: Duration = Duration::from_secs(60);
 
 /// At most one OOM event in this time: each is the guest's to make.
 const OOM_INTERVAL: Duration = Duration::from_secs(1);
@@ -130,7 +126,7 @@ impl Container {
     pub async fn delete(mut self) -> Result<Deleted> {
         let mut steps = Steps::begin();
         // Nobody writes any more, and the VM ends as by a power cut: unmounting first would change nothing.
-        self.flush().await;
+        self.write_back().await;
         steps.end("flush");
         self.stop_session(&mut steps).await;
         info!(%steps, "Container deleted");
@@ -161,17 +157,12 @@ impl Container {
         if let Err(error) = deleted {
             warn!("{error}");
         }
-        self.flush().await;
+        self.write_back().await;
     }
 
     /// What was written last is on the host before the VM goes.
-    async fn flush(&self) {
-        let Some(session) = &self.session else { return };
-        let flushed = session
-            .agent()
-            .call("write its files back", FLUSH_LIMIT, |mut agent| async move { agent.flush(Empty {}).await })
-            .await;
-        if let Err(error) = flushed {
+    async fn write_back(&self) {
+        if let Err(error) = self.flush().await {
             error!("Changes may be lost: {error}");
         }
     }

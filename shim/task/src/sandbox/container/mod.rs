@@ -2,12 +2,14 @@
 //!
 //! ```text
 //!   verbs   what containerd asks of a live container: exec, start, kill, pause, ...
+//!   hold    standing still while its changes are read
 //!   ends    exits, the VM's end, deletion
 //! ```
 //!
 //! Invariants: a process's exit is published once, after its start; after the VM's end no process is live.
 
 mod ends;
+mod hold;
 mod verbs;
 
 use std::collections::BTreeMap;
@@ -26,6 +28,7 @@ use super::steps::Steps;
 use super::task::Task;
 use crate::error::{Result, TaskError};
 use crate::hooks::State;
+use hold::Held;
 
 /// Preparing a container, an exec, or running them: under TCG a second or two.
 pub const CREATE_LIMIT: Duration = Duration::from_secs(60);
@@ -47,6 +50,9 @@ pub struct Container {
     steps: Steps,
     kill_deadline: Option<Instant>,
     last_oom: Option<Instant>,
+    held: Option<Held>,
+    /// Holds so far: the number of the last one.
+    holds: u64,
 }
 
 impl Container {
@@ -62,6 +68,8 @@ impl Container {
             state,
             kill_deadline: None,
             last_oom: None,
+            held: None,
+            holds: 0,
         }
     }
 

@@ -42,6 +42,7 @@ impl Container {
 
     /// Runs a process.
     pub async fn start(&mut self, exec_id: &str) -> Result<u32> {
+        self.check_not_held()?;
         self.task(exec_id)?.process.check_start()?;
         if !exec_id.is_empty() {
             self.init()?.process.check_running()?;
@@ -201,12 +202,9 @@ impl Container {
 
     /// Freezes the container.
     pub async fn pause(&mut self) -> Result<()> {
+        self.check_not_held()?;
         self.init()?.process.check_running()?;
-        let container = self.container_ref();
-        self.live_session()?
-            .agent()
-            .call("freeze the container", CALL_LIMIT, |mut agent| async move { agent.pause(container).await })
-            .await?;
+        self.freeze_in_guest().await?;
         self.tasks.values_mut().for_each(|task| task.process.paused());
         let container_id = self.id().to_owned();
         self.identity.publisher.publish(TaskPaused { container_id, ..TaskPaused::default() });
@@ -215,12 +213,9 @@ impl Container {
 
     /// Thaws it.
     pub async fn resume(&mut self) -> Result<()> {
+        self.check_not_held()?;
         self.init()?.process.check_paused()?;
-        let container = self.container_ref();
-        self.live_session()?
-            .agent()
-            .call("thaw the container", CALL_LIMIT, |mut agent| async move { agent.resume(container).await })
-            .await?;
+        self.thaw_in_guest().await?;
         self.tasks.values_mut().for_each(|task| task.process.resumed());
         let container_id = self.id().to_owned();
         self.identity.publisher.publish(TaskResumed { container_id, ..TaskResumed::default() });

@@ -1,4 +1,4 @@
-//! containerd's root file system mounts, parsed and never mounted: what the guest is to put together.
+//! What a container's root is made of: containerd's root file system mounts, parsed and never mounted.
 //!
 //! ```text
 //!   overlay  lowerdir= upperdir= workdir=   -> Union { lowers, upper }     overlay snapshotter
@@ -18,9 +18,20 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use containerd_shim::protos::api::Mount;
+mod upper;
 
-use crate::annotations::UpperChoice;
+pub use upper::{UPPER, UPPER_DIR, UpperChoice, UpperError};
+
+/// A mount as containerd describes it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Mount {
+    /// File system.
+    pub kind: String,
+    /// What is mounted.
+    pub source: String,
+    /// Its options.
+    pub options: Vec<String>,
+}
 
 /// What the container's root is made of, as host paths.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -113,7 +124,7 @@ pub fn plan(mounts: &[Mount], root_path: Option<&Path>, upper: &UpperChoice) -> 
 }
 
 fn parse(mount: &Mount) -> Result<RootPlan, MountError> {
-    match mount.type_.as_str() {
+    match mount.kind.as_str() {
         "overlay" => parse_overlay(&mount.options),
         "bind" => parse_bind(mount),
         other => Err(MountError::Type(other.to_owned())),
@@ -284,10 +295,9 @@ mod tests {
 
     fn mount(typ: &str, source: &str, options: &[&str]) -> Mount {
         Mount {
-            type_: typ.into(),
+            kind: typ.into(),
             source: source.into(),
             options: options.iter().map(ToString::to_string).collect(),
-            ..Mount::default()
         }
     }
 

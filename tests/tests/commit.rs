@@ -1,0 +1,328 @@
+//! `vmctr commit` and `vmctr diff`: what a container changed, as an image that every runtime runs.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use vmctr_tests::rig::Rig;
+use vmctr_tests::rig::command::{Output, Running, eventually, run};
+use vmctr_tests::rig::container::Container;
+use vmctr_tests::rig::vm::signal;
+
+const IMAGE: &str = "vmctr.test/committed:1";
+const SOON: Duration = Duration::from_secs(30);
+
+/// Changes of every kind that a layer can tell.
+const CHANGES: &str = "echo new > /new; echo more >> /etc/marker; rm /etc/group; rm -r /var/tmp; \
+    mkdir -p /var/tmp/again; rm -r /home; mkdir /home; echo mine > /home/mine; ln /new /second; \
+    ln -s /new /link; chown 70000:70001 /new; chmod 4755 /new; mkfifo /fifo; \
+    touch -d @1000000000 /etc/passwd; : > '/a name'";
+
+/// What tells whether two roots are the same, as far as a shell sees.
+const LOOK: &str = "cat /new /home/mine /etc/marker; ls /etc /home /var/tmp; stat -c '%a %u:%g %h %F %n' /new \
+    /second /link /fifo '/a name' /home/mine; stat -c '%a %u:%g %F %n' /home /var/tmp/again; stat -c %Y /etc/passwd";
+
+fn vmctr(rig: &Rig, args: &[&str]) -> Output {
+    run(rig.vmctr_command().args(args))
+}
+
+/// A container that has changed things and goes on.
+fn changed<'rig>(rig: &'rig Rig, name: &str) -> Container<'rig> {
+    let container = rig.container(name).args(["/bin/sleep", "1000"]).detached();
+    container.sh(CHANGES).ok();
+    container
+}
+
+fn commit(rig: &Rig, container: &Container<'_>, more: &[&str]) -> serde_json::Value {
+    let args = [&["--json", "commit"], more, &[container.id(), IMAGE]].concat();
+    vmctr(rig, &args).ok().json()
+}
+
+#[test]
+fn a_committed_image_runs_under_both_runtimes_and_shows_what_the_container_showed() {
+    let rig = Rig::vmctr();
+    let container = changed(&rig, "source");
+    let seen = container.sh(LOOK).ok().text();
+    let report = commit(&rig, &container, &["-c", "ENV COMMITTED=yes", "-m", "why"]);
+    assert!(report["pause_micros"].as_u64().is_some_and(|pause| pause > 0), "{report}");
+    assert_eq!(report["warnings"], serde_json::json!([]), "{report}");
+    container.sh("echo after > /after").ok();
+    container.remove();
+    for runtime in ["io.containerd.runc.v2", "io.containerd.vmctr.v2"] {
+        let script = format!("{LOOK}; echo $COMMITTED; ls /after /var/tmp/file 2>/dev/null");
+        let look = rig.container_of(IMAGE, runtime).under(runtime).sh(&script).output();
+        assert_eq!(look.text(), format!("{seen}yes\n"), "{runtime}: {look}");
+    }
+}
+
+#[test]
+fn commits_can_be_committed_again_and_again() {
+    let rig = Rig::vmctr();
+    let mut image: Option<String> = None;
+    for round in 0..5 {
+        let name = format!("round-{round}");
+        let run = match &image {
+            None => rig.container(&name),
+            Some(image) => rig.container_of(image, &name),
+        };
+        let container = run.args(["/bin/sleep", "1000"]).detached();
+        container.sh(&format!("echo {round} >> /rounds; rm -f /only-{}; : > /only-{round}", round - 1)).ok();
+        let next = format!("vmctr.test/round:{round}");
+        vmctr(&rig, &["commit", container.id(), &next]).ok();
+        container.remove();
+        image = Some(next);
+    }
+    let image = image.expect("five rounds");
+    let look = rig.container_of(&image, "last").under("io.containerd.runc.v2");
+    look.sh("cat /rounds; ls / | grep only").output().ok().prints("0\n1\n2\n3\n4\nonly-4");
+}
+
+#[test]
+fn differences_are_listed_as_docker_lists_them() {
+    let rig = Rig::vmctr();
+    let container = changed(&rig, "differs");
+    let listed = vmctr(&rig, &["diff", container.id()]).ok().text();
+    let lines: Vec<_> = listed.lines().collect();
+    for line in ["A /new", "C /etc", "C /etc/marker", "D /etc/group", "A /home/mine", "A /second", "A /fifo"]
+    {
+        assert!(lines.contains(&line), "{line} is not in {listed}");
+    }
+    assert!(!listed.contains("/proc"), "{listed}");
+    container.remove();
+}
+
+#[test]
+fn what_stands_still_goes_on_also_when_the_committer_is_killed() {
+    let rig = Rig::vmctr();
+    let container = rig.container("beats").sh("while :; do echo x >> /beats; done").detached();
+    container.sh("head -c 60000000 /dev/urandom > /big").ok();
+    let folder = rig.new_folder("out").join("oci");
+    let output = format!("oci:{}", folder.display());
+    let mut command = rig.vmctr_command();
+    command.args(["commit", "--compression", "zstd:19", "--output", &output, container.id()]);
+    let committer = Running::start(&mut command);
+    eventually("the container stands still", SOON, || container.sh("true").errors().contains("commit"));
+    signal(committer.pid(), Signal::SIGKILL);
+    committer.finish();
+    let beats = || container.sh("wc -c < /beats").ok().text();
+    let before = beats();
+    eventually("the container goes on", SOON, || beats() != before);
+    container.kill("KILL").ok();
+    container.wait_for("STOPPED");
+    container.remove();
+}
+
+#[test]
+fn an_upper_in_the_guest_is_committed_as_one_on_the_host() {
+    let rig = Rig::vmctr();
+    let container =
+        rig.container("guest").annotation("io.vmctr.upper", "guest").args(["/bin/sleep", "1000"]).detached();
+    container.sh(CHANGES).ok();
+    let seen = container.sh(LOOK).ok().text();
+    commit(&rig, &container, &[]);
+    container.remove();
+    let look = rig.container_of(IMAGE, "look").under("io.containerd.runc.v2").sh(LOOK).output();
+    assert_eq!(look.text(), seen, "{look}");
+}
+
+#[test]
+fn a_stopped_container_can_be_committed_and_its_snapshot_is_untouched() {
+    let rig = Rig::vmctr();
+    let container = rig.container("stopped").sh(CHANGES).detached();
+    container.wait_for("STOPPED");
+    commit(&rig, &container, &[]);
+    commit(&rig, &container, &[]);
+    container.remove();
+    rig.container_of(IMAGE, "look").sh("cat /new").output().ok().prints("new");
+}
+
+#[test]
+fn a_new_folder_is_the_next_lower_layer() {
+    let rig = Rig::vmctr();
+    let root = rig.busybox_root("start", &[]);
+    let (upper, folder) = (rig.new_folder("upper"), rig.new_folder("out").join("new"));
+    let container = rig
+        .container_in(&root, "folder")
+        .annotation("io.vmctr.upper-dir", upper.display())
+        .args(["/bin/sleep", "1000"])
+        .detached();
+    container.sh("echo new > /new; rm -r /home").ok();
+    vmctr(&rig, &["commit", "--to-dir", folder.to_str().expect("text"), container.id()]).ok();
+    container.remove();
+    assert_eq!(fs::read_to_string(folder.join("new")).expect("there"), "new\n");
+    let merged = rig.new_folder("merged");
+    let mounted = Command::new("unshare")
+        .args(["--mount", "sh", "-c"])
+        .arg(format!(
+            "mount -t overlay overlay -o lowerdir={}:{} {} && ls {}",
+            folder.display(),
+            root.display(),
+            merged.display(),
+            merged.display()
+        ))
+        .output()
+        .expect("unshare runs");
+    let listed = String::from_utf8_lossy(&mounted.stdout);
+    assert!(listed.lines().any(|name| name == "new"), "{listed}");
+    assert!(!listed.lines().any(|name| name == "home"), "{listed}");
+}
+
+#[test]
+fn an_oci_folder_is_what_umoci_unpacks() {
+    let rig = Rig::vmctr();
+    let container = changed(&rig, "oci");
+    let out = rig.new_folder("out");
+    let layout = out.join("oci");
+    let output = format!("oci:{}:tag", layout.display());
+    vmctr(&rig, &["commit", "--output", &output, "--compression", "gzip", container.id()]).ok();
+    container.remove();
+    let unpacked = out.join("bundle");
+    let image = format!("{}:tag", layout.display());
+    run(Command::new("umoci").args(["unpack", "--image", &image]).arg(&unpacked)).ok();
+    assert_eq!(fs::read_to_string(unpacked.join("rootfs/new")).expect("there"), "new\n");
+    assert!(!unpacked.join("rootfs/etc/group").exists());
+}
+
+#[test]
+fn equal_changes_give_equal_layers() {
+    let rig = Rig::vmctr();
+    let digest = |name: &str| {
+        let container = changed(&rig, name);
+        container.sh("find / -xdev -newermt @1700000000 -exec touch -h -d @1700000000 {} +");
+        let report = commit(&rig, &container, &["--timestamp", "1600000000"]);
+        container.remove();
+        report["layer"].clone()
+    };
+    assert_eq!(digest("one"), digest("two"));
+}
+
+#[test]
+fn a_verified_commit_shows_what_the_guest_sees_in_every_store() {
+    let rig = Rig::vmctr();
+    let container = changed(&rig, "verified");
+    let out = rig.new_folder("out");
+    let at = |name: &str| out.join(name).display().to_string();
+    let folder = at("folder");
+    for more in [
+        vec![],
+        vec!["--timestamp", "1000000001"],
+        vec!["--squash"],
+        vec!["--output", &format!("oci:{}", at("layout"))],
+        vec!["--output", &format!("oci-archive:{}", at("archive")), "--compression", "gzip"],
+        vec!["--to-dir", &folder],
+    ] {
+        let report = commit(&rig, &container, &[&["--verify"], &more[..]].concat());
+        assert_eq!(report["verified"], true, "{more:?}: {report}");
+        assert!(report["pause_micros"].as_u64().is_some_and(|pause| pause > 0), "{report}");
+    }
+    container.sh("echo goes on").ok().prints("goes on");
+    container.kill("KILL").ok();
+    container.wait_for("STOPPED");
+    assert_eq!(commit(&rig, &container, &["--verify"])["verified"], true);
+    container.remove();
+}
+
+#[test]
+fn a_verification_finds_a_base_that_was_changed_behind_the_guests_back() {
+    let rig = Rig::vmctr();
+    let root = rig.busybox_root("start", &[]);
+    let (upper, folder) = (rig.new_folder("upper"), rig.new_folder("out").join("new"));
+    let container = rig
+        .container_in(&root, "folder")
+        .annotation("io.vmctr.upper-dir", upper.display())
+        .args(["/bin/sleep", "1000"])
+        .detached();
+    container.sh("cat /etc/marker; echo new > /new").ok();
+    // Of the same length and time: the guest has no reason to read it again.
+    let (marker, time) =
+        (root.join("etc/marker"), root.join("etc/marker").metadata().expect("there").modified());
+    let changed = fs::read(&marker).expect("readable").to_ascii_uppercase();
+    fs::write(&marker, changed).expect("writable");
+    let file = fs::File::options().write(true).open(&marker).expect("writable");
+    file.set_modified(time.expect("a time")).expect("settable");
+    let args = ["commit", "--verify", "--to-dir", folder.to_str().expect("text"), container.id()];
+    let output = vmctr(&rig, &args).exits(1);
+    let differs = output.errors();
+    assert!(differs.contains("differs: /etc/marker"), "{output}");
+    assert_eq!(differs.lines().count(), 1, "{output}");
+    container.remove();
+}
+
+#[test]
+fn what_was_paused_stays_paused() {
+    let rig = Rig::vmctr();
+    let container = changed(&rig, "paused");
+    container.task("pause", &[]).ok();
+    let report = commit(&rig, &container, &["--verify"]);
+    assert_eq!((&report["pause_micros"], &report["verified"]), (&serde_json::Value::Null, &true.into()));
+    assert_eq!(container.status().as_deref(), Some("PAUSED"));
+    container.task("resume", &[]).ok();
+    container.sh("cat /new").ok().prints("new");
+    container.remove();
+}
+
+#[test]
+fn without_a_pause_what_changes_is_named() {
+    let rig = Rig::vmctr();
+    let container = rig.container("writes").sh("while :; do date >> /log; done").detached();
+    container.sh("head -c 30000000 /dev/urandom > /big; echo still > /still").ok();
+    let report = commit(&rig, &container, &["--pause=false"]);
+    assert_eq!(report["pause_micros"], serde_json::Value::Null, "{report}");
+    let warnings = report["warnings"].to_string();
+    assert!(!warnings.contains("still"), "{warnings}");
+    vmctr(&rig, &["commit", "--pause=false", "--verify", container.id(), IMAGE])
+        .exits(125)
+        .fails_naming(&["--verify", "pause"]);
+    container.kill("KILL").ok();
+    container.wait_for("STOPPED");
+    container.remove();
+    rig.container_of(IMAGE, "look")
+        .under("io.containerd.runc.v2")
+        .sh("cat /still")
+        .output()
+        .ok()
+        .prints("still");
+}
+
+#[test]
+fn what_cannot_be_committed_is_named() {
+    let rig = Rig::vmctr();
+    vmctr(&rig, &["commit", "nobody", IMAGE]).exits(127).fails_naming(&["nobody"]);
+    let container = changed(&rig, "refused");
+    let id = container.id();
+    vmctr(&rig, &["commit", id]).exits(125).fails_naming(&["name", "--to-dir"]);
+    vmctr(&rig, &["commit", "-c", "RUN x", id, IMAGE]).exits(125).fails_naming(&["RUN"]);
+    vmctr(&rig, &["commit", "--compression", "xz", id, IMAGE]).exits(125).fails_naming(&["xz", "zstd"]);
+    vmctr(&rig, &["commit", "--subtree", "../x", id, IMAGE]).exits(125).fails_naming(&["../x"]);
+    vmctr(&rig, &["commit", "--subtree", "/no/such", id, IMAGE]).exits(125).fails_naming(&["/no/such"]);
+    vmctr(&rig, &["commit", "--to-dir", "/proc/new", id]).exits(125).fails_naming(&["/proc/new"]);
+    container.sh("touch /etc/.wh.passwd").ok();
+    vmctr(&rig, &["commit", id, IMAGE]).exits(125).fails_naming(&[".wh.passwd"]);
+    assert!(!rig.ctr_run(&["images", "ls", "-q"]).text().contains(IMAGE));
+    container.sh("echo goes on").ok().prints("goes on");
+    container.remove();
+    let root = rig.busybox_root("plain", &[]);
+    let plain = rig.container_in(&root, "plain").args(["/bin/sleep", "1000"]).detached();
+    vmctr(&rig, &["commit", plain.id(), IMAGE]).exits(125).fails_naming(&["one folder"]);
+    plain.remove();
+}
+
+#[test]
+fn layers_are_listed_and_verified() {
+    let rig = Rig::vmctr();
+    let container = changed(&rig, "layers");
+    commit(&rig, &container, &[]);
+    container.remove();
+    let listed = vmctr(&rig, &["layer", "ls", IMAGE]).ok().text();
+    for entry in ["whiteout", "etc/group", "a name", "70000:70001", "4755"] {
+        assert!(listed.contains(entry), "{entry} is not in {listed}");
+    }
+    vmctr(&rig, &["layer", "verify", IMAGE]).ok();
+    let damaged = rig.new_folder("damaged").join("layer.tar");
+    fs::write(&damaged, [b'x'; 2048]).expect("writable");
+    let path = |path: &Path| path.to_str().expect("text").to_owned();
+    vmctr(&rig, &["layer", "verify", &path(&damaged)]).exits(1);
+    vmctr(&rig, &["layer", "ls", "no/such:image"]).exits(127).fails_naming(&["no/such:image"]);
+}
