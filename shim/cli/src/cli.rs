@@ -186,8 +186,13 @@ pub struct CommitArgs {
     /// Also, or without REF only, put the changes into this new folder, as an overlay's next lower layer
     #[arg(long, value_name = "DIR")]
     pub to_dir: Option<PathBuf>,
-    /// Where the image goes: containerd, oci:DIR[:TAG] or oci-archive:FILE
-    #[arg(long, value_name = "STORE", default_value = "containerd")]
+    /// Where the image goes
+    #[arg(
+        long,
+        value_name = "STORE",
+        default_value = "containerd",
+        help = "Where the image goes: containerd, oci:DIR[:TAG] or oci-archive:FILE"
+    )]
     pub output: ImageStore,
     /// Read the stored layer again, put it on the base and compare that with what the container shows; the
     /// container stands still meanwhile
