@@ -58,7 +58,7 @@ pub fn measure(bench: &mut Bench) {
     let scratch = buildah.from("scratch");
     copy(&root, &scratch.root);
     buildah.commit(&scratch, BASE);
-    buildah.remove(scratch);
+    buildah.remove(&scratch);
     let theirs = buildah.from(BASE);
     for change in &CHANGES {
         progress(NAME, change.name);
@@ -69,7 +69,7 @@ pub fn measure(bench: &mut Bench) {
             one(bench, change, (vmctr, &container), (&buildah, &theirs), turn);
         }
     }
-    buildah.remove(theirs);
+    buildah.remove(&theirs);
     container.remove();
 }
 
