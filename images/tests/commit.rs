@@ -363,3 +363,31 @@ fn a_full_disk_leaves_nothing() {
     assert_eq!(left, ["layout"]);
     nix::mount::umount(&small).unwrap();
 }
+
+#[test]
+fn a_stored_layer_that_was_exchanged_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let stack = example(&dir);
+    let (file, scratch) = (dir.path().join("layer"), dir.path().join("scratch"));
+    let info = rig::write_layer(&stack, Scope::Changes, options(Compression::Gzip(1)), &file).unwrap();
+    let check = || {
+        std::fs::create_dir(&scratch).unwrap();
+        let whole =
+            vmctr_images::verify::unpack(std::fs::File::open(&file).unwrap(), &info, &scratch).unwrap();
+        let folders = [scratch.clone(), stack[1].clone()];
+        let layers = rig::layers(&stack);
+        let live = vmctr_images::verify::Live::Folders(&layers);
+        let found =
+            vmctr_images::verify::differences(&folders, live, options(Compression::None).clamp).unwrap();
+        std::fs::remove_dir_all(&scratch).unwrap();
+        (whole, found.iter().map(ToString::to_string).collect::<Vec<_>>())
+    };
+    assert_eq!(check(), (true, vec![]));
+    let other = rig::folder(&dir, "other");
+    std::fs::write(other.join("unexpected"), "x").unwrap();
+    rig::write_layer(&[other, stack[1].clone()], Scope::Changes, options(Compression::Gzip(1)), &file)
+        .unwrap();
+    let (whole, found) = check();
+    assert!(!whole);
+    assert!(found.contains(&"/unexpected: should not be there".to_owned()), "{found:?}");
+}

@@ -30,8 +30,8 @@ impl Buildah {
 
     /// A container of an image, or of `scratch`.
     pub fn from(&self, image: &str) -> Working {
-        let id = self.run(&["from", "--pull-never", image]).ok().text();
-        let root = PathBuf::from(self.run(&["mount", &id]).ok().text());
+        let id = self.run(&["from", "--pull-never", image]).ok().text().trim().to_owned();
+        let root = PathBuf::from(self.run(&["mount", &id]).ok().text().trim());
         Working { id, root }
     }
 
