@@ -11,4 +11,6 @@
 //! remembered and for how long, and believes no answer before it has looked at it.
 
 pub mod guest;
+pub mod host;
+mod sys;
 pub mod wire;

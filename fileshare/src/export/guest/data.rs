@@ -7,7 +7,9 @@ use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::caller::clearing_set_ids;
+use super::handles::Handle;
 use super::message::{Answer, Request};
+use super::nodes::stat;
 use super::server::{Failure, Server};
 use crate::export::wire::abi::{MAX_DATA, flag};
 use crate::export::wire::codec::Put;
@@ -23,6 +25,24 @@ impl Server {
         let size = size.min(MAX_DATA) as usize;
         let done = read_at(&handle.file, answer.room(size), offset)?;
         answer.shorten(size - done);
+        Ok(())
+    }
+
+    pub(super) fn open_read(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
+        let body = &mut request.body;
+        let _flags = body.u64()?;
+        let (offset, size) = (body.u64()?, body.u32()?);
+        body.u32()?;
+        body.end()?;
+        let node = self.nodes.find(request.header.nodeid)?;
+        let file = node.open(OFlags::RDONLY)?;
+        let size = size.min(MAX_DATA) as usize;
+        answer.u64(0).u64(0);
+        let done = read_at(&file, answer.room(size), offset)?;
+        answer.shorten(size - done);
+        if !is_all(&file, offset, done, size)? {
+            answer.patch_u64(0, self.handles.add(Handle::new(node, file, false)));
+        }
         Ok(())
     }
 
@@ -109,6 +129,11 @@ impl Server {
         answer.u32(copied as u32).u32(0);
         Ok(())
     }
+}
+
+/// Whether what was read reaches the file's end.
+fn is_all(file: &OwnedFd, offset: u64, done: usize, size: usize) -> rustix::io::Result<bool> {
+    Ok(done < size || offset.saturating_add(done as u64) >= stat(file)?.stx_size)
 }
 
 /// Reads until `into` is full or the file ends; tells how much there was.

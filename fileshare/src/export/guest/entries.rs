@@ -7,7 +7,8 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::caller::Caller;
+use super::caller::{Caller, clearing_set_ids};
+use super::handles::Handle;
 use super::message::{Answer, Request};
 use super::nodes::{Node, device, magic};
 use super::server::{Failure, Server};
@@ -26,8 +27,12 @@ impl Server {
         let name = request.body.name()?;
         request.body.end()?;
         let parent = self.nodes.find(request.header.nodeid)?;
-        let (node, attr) = self.look(&parent, name)?;
-        answer.entry(node.id, attr);
+        match self.look(&parent, name) {
+            Ok((node, attr)) => answer.entry(node.id, attr),
+            // An answer that can be remembered, unlike an error.
+            Err(Errno::NOENT) => answer.entry(0, Attr::default()),
+            Err(errno) => return Err(errno.into()),
+        }
         Ok(())
     }
 
@@ -130,10 +135,10 @@ impl Server {
         let asked = OFlags::from_bits_retain(flags);
         let file = node.open(self.passed(asked))?;
         if asked.contains(OFlags::TRUNC) {
-            let _clearing = super::caller::clearing_set_ids(open_flags & flag::OPEN_KILL_SUIDGID != 0)?;
+            let _clearing = clearing_set_ids(open_flags & flag::OPEN_KILL_SUIDGID != 0)?;
             rustix::fs::ftruncate(&file, 0)?;
         }
-        Ok(self.handles.add(node, file, is_writable(asked)))
+        Ok(self.handles.add(Handle::new(node, file, is_writable(asked))))
     }
 
     /// With a write-back cache, the host's kernel reads what it needs to fill a page that is being written.
@@ -160,8 +165,8 @@ impl Server {
             Err(Errno::EXIST) if !asked.contains(OFlags::EXCL) => {
                 let (node, attr) = self.look(&parent, name)?;
                 answer.entry(node.id, attr);
-                let handle = self.open_node(Arc::clone(&node), flags, open_flags).inspect_err(|_| self.nodes.forget(node.id, 1))?;
-                answer.open(handle);
+                let opened = self.open_node(Arc::clone(&node), flags, open_flags);
+                answer.open(opened.inspect_err(|_| self.nodes.forget(node.id, 1))?);
                 Ok(())
             }
             Err(errno) => Err(errno.into()),
@@ -187,7 +192,7 @@ impl Server {
         let path_only = rustix::fs::open(magic(&file), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         let (node, attr) = self.nodes.admit(path_only)?;
         answer.entry(node.id, attr);
-        answer.open(self.handles.add(node, file, is_writable(asked)));
+        answer.open(self.handles.add(Handle::new(node, file, is_writable(asked))));
         Ok(())
     }
 }

@@ -1,8 +1,8 @@
 //! Listing folders, with what the host will ask next: each entry comes with its node and attributes.
 //!
-//! A folder that is opened answers with its first entries at once, so that listing a folder of usual size costs
-//! one turn on the stream, not three. Which nodes the host was told of that way is for the host to count, and to
-//! forget when its kernel does not ask for them.
+//! A folder is opened and listed in one request, so that a folder of usual size costs one turn on the stream, not
+//! three. Which nodes the host was told of that way is for the host to count, and to forget when its kernel does
+//! not ask for them.
 
 use std::sync::{MutexGuard, PoisonError};
 
@@ -18,9 +18,6 @@ use crate::export::wire::codec::Put;
 /// What is read of a folder with one system call.
 const BATCH: usize = 32 * 1024;
 
-/// What comes with an opened folder: entries of about a thousand files.
-const AHEAD: usize = 192 * 1024;
-
 /// Whether an answer holds the whole rest of a folder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Rest {
@@ -29,19 +26,17 @@ enum Rest {
 }
 
 impl Server {
-    pub(super) fn opendir(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
-        request.body.bytes(8)?;
+    pub(super) fn opendir_read(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
+        let size = request.body.u32()?.min(MAX_DATA) as usize;
+        request.body.u32()?;
         request.body.end()?;
         let node = self.nodes.find(request.header.nodeid)?;
         let file = node.open(OFlags::RDONLY | OFlags::DIRECTORY)?;
-        let id = self.handles.add(node, file, false);
-        answer.open(id);
-        let handle = self.handles.find(id, request.header.nodeid)?;
-        // Folder that cannot be read can still be open: the error comes with the reading.
-        let whole = answer.body_len();
-        answer.u64(0);
-        let rest = self.list(&handle, 0, AHEAD, true, answer).unwrap_or(Rest::Further);
-        answer.patch_u64(whole, u64::from(rest == Rest::Here));
+        let handle = Handle::new(node, file, false);
+        answer.u64(0).u64(0);
+        let rest = self.list(&handle, 0, size, true, answer)?;
+        answer.patch_u64(0, self.handles.add(handle));
+        answer.patch_u64(8, u64::from(rest == Rest::Here));
         Ok(())
     }
 

@@ -22,6 +22,12 @@ pub(super) struct Handle {
     pub(super) position: Mutex<u64>,
 }
 
+impl Handle {
+    pub(super) fn new(node: Arc<Node>, file: OwnedFd, writable: bool) -> Self {
+        Self { node, file, writable, position: Mutex::new(0) }
+    }
+}
+
 /// The open files.
 #[derive(Debug, Default)]
 pub(super) struct Handles {
@@ -30,10 +36,9 @@ pub(super) struct Handles {
 }
 
 impl Handles {
-    pub(super) fn add(&self, node: Arc<Node>, file: OwnedFd, writable: bool) -> u64 {
+    pub(super) fn add(&self, handle: Handle) -> u64 {
         let id = self.last.fetch_add(1, Ordering::Relaxed) + 1;
-        let handle = Arc::new(Handle { node, file, writable, position: Mutex::new(0) });
-        self.open.write().unwrap_or_else(PoisonError::into_inner).insert(id, handle);
+        self.open.write().unwrap_or_else(PoisonError::into_inner).insert(id, Arc::new(handle));
         id
     }
 

@@ -243,7 +243,7 @@ impl Server {
             op::OPEN => self.open(request, answer),
             op::CREATE => self.create(request, answer),
             op::TMPFILE => self.tmpfile(request, answer),
-            op::OPENDIR => self.opendir(request, answer),
+            op::OPENDIR_READ => self.opendir_read(request, answer),
             op::RELEASE | op::RELEASEDIR => self.release(request),
             op::READDIR => self.readdir(request, answer, false),
             op::READDIRPLUS => self.readdir(request, answer, true),
@@ -261,6 +261,7 @@ impl Server {
     fn dispatch_open(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
         match request.header.opcode {
             op::READ => self.read(request, answer),
+            op::OPEN_READ => self.open_read(request, answer),
             op::WRITE => self.write(request, answer),
             op::FLUSH => self.flush(request),
             op::FSYNC | op::FSYNCDIR => self.fsync(request),

@@ -52,6 +52,13 @@ pub mod op {
     pub const COPY_FILE_RANGE: u32 = 47;
     pub const SYNCFS: u32 = 50;
     pub const TMPFILE: u32 = 51;
+    /// Ours: open for reading and read. `flags:u32 0:u32 offset:u64 size:u32 0:u32`, answered by
+    /// `handle:u64 hint:u32 0:u32`, a hint of so many bytes, and data. The handle is 0 when the data reaches the
+    /// file's end: nothing stays open.
+    pub const OPEN_READ: u32 = 0x8001;
+    /// Ours: open a folder and list it. `size:u32 0:u32`, answered by `handle:u64 whole:u64` and entries as
+    /// READDIRPLUS has them; `whole` is 1 when no more follow.
+    pub const OPENDIR_READ: u32 = 0x8002;
 }
 
 /// Whether a message is never answered. On the wire this holds for releases too: the kernel waits for no

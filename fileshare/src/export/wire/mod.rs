@@ -14,7 +14,8 @@
 //! Three things differ from what the kernel sends and wants:
 //! 1. Releases are not answered ([`abi::is_silent`]).
 //! 2. Answers carry no times to remember entries and attributes, no flags for open files: the host decides.
-//! 3. An answer to OPEN or OPENDIR may be longer than the kernel's: see [`super::host`].
+//! 3. Opening for reading and opening a folder are joined with the first reading of them ([`abi::op::OPEN_READ`],
+//!    [`abi::op::OPENDIR_READ`]): the host opens nothing in the guest before it is read.
 
 pub mod abi;
 pub mod codec;

@@ -111,6 +111,8 @@ impl Stream {
 #[derive(Debug, Default)]
 pub struct Inbox {
     buffer: Vec<u8>,
+    /// The message that was handed out last.
+    last: std::ops::Range<usize>,
     start: usize,
     end: usize,
 }
@@ -136,9 +138,14 @@ impl Inbox {
             return Err(StreamError::Length(announced));
         }
         self.fill(stream, length)?;
-        let start = self.start;
+        self.last = self.start..self.start + length;
         self.start += length;
-        Ok(&mut self.buffer[start..start + length])
+        Ok(self.last())
+    }
+
+    /// The message that was handed out last.
+    pub fn last(&mut self) -> &mut [u8] {
+        &mut self.buffer[self.last.clone()]
     }
 
     fn fill(&mut self, stream: &Stream, wanted: usize) -> Result<(), StreamError> {
