@@ -7,4 +7,11 @@
 #![allow(clippy::unwrap_used)]
 
 mod basics;
+mod differential;
+mod hostile;
+mod lock;
+mod overlay;
+mod random_io;
 mod rig;
+mod sys;
+mod users;

@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -59,8 +59,6 @@ impl Place {
         merged
     }
 }
-
-use std::os::unix::fs::PermissionsExt;
 
 pub fn mount_overlay(merged: &Path, lower: &Path, upper: &Path, work: &Path) {
     let options = format!(
@@ -131,7 +129,33 @@ impl Drop for Mounted {
     }
 }
 
-/// A path for a system call.
-pub fn c_path(path: &Path) -> CString {
-    CString::new(path.as_os_str().as_bytes()).unwrap()
+/// Runs `body` as a user, as far as file systems ask.
+pub fn as_user<T: Send>(uid: u32, groups: &[u32], body: impl FnOnce() -> T + Send) -> T {
+    let inside = || {
+        let groups: Vec<_> = groups.iter().map(|gid| rustix::thread::Gid::from_raw(*gid)).collect();
+        rustix::thread::set_thread_groups(&groups).unwrap();
+        nix::unistd::setfsgid(uid.into());
+        nix::unistd::setfsuid(uid.into());
+        body()
+    };
+    on_thread(inside)
+}
+
+/// Runs `body` with open files of its own, which is what makes a process to locks.
+pub fn as_other_process<T: Send>(body: impl FnOnce() -> T + Send) -> T {
+    on_thread(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES).unwrap();
+        body()
+    })
+}
+
+pub fn on_thread<T: Send>(body: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| scope.spawn(body).join())
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+#[track_caller]
+pub fn assert_errno<T>(result: std::io::Result<T>, errno: i32) {
+    let error = result.err().unwrap_or_else(|| panic!("succeeded, wanted errno {errno}"));
+    assert_eq!(error.raw_os_error(), Some(errno), "{error}");
 }

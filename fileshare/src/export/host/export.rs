@@ -109,8 +109,9 @@ impl Export {
             // A thread that panicked has answered its last request; the others went on.
             let _ = thread.join();
         }
+        let why = self.shared.why();
         self.shared.give_up(Lost::Closed);
-        self.shared.why()
+        why
     }
 
     /// Whether the mount is gone.
@@ -192,13 +193,13 @@ fn start_threads(shared: &Arc<Shared>, first: &Device) -> io::Result<Vec<JoinHan
         let lane = Lane::new(first.another()?, Arc::clone(shared), at);
         threads.push(Builder::new().name(format!("export-{at}")).spawn(move || lane.run())?);
     }
-    let (waiting, device) = (Arc::clone(shared), first.another()?);
-    Builder::new().name("export-waits".into()).spawn(move || waiting.waits.run(&waiting, &device))?;
-    let (watched, device) = (Arc::downgrade(shared), first.another()?);
+    let waiting = Arc::clone(shared);
+    Builder::new().name("export-waits".into()).spawn(move || waiting.waits.run(&waiting))?;
+    let watched = Arc::downgrade(shared);
     Builder::new().name("export-watch".into()).spawn(move || {
         while let Some(shared) = watched.upgrade() {
             shared.check_patience();
-            shared.waits.check_interrupted(&shared, &device);
+            shared.waits.check_interrupted(&shared);
             if shared.is_lost() {
                 return;
             }

@@ -24,13 +24,13 @@ use crate::export::wire::codec::{Put, Take};
 /// A relay thread's own.
 #[derive(Debug)]
 pub(super) struct Lane {
-    pub(super) device: Device,
+    pub(super) device: Arc<Device>,
     pub(super) talk: Talk,
 }
 
 impl Lane {
     pub(super) fn new(device: Device, shared: Arc<Shared>, lane: usize) -> Self {
-        Self { device, talk: Talk::new(shared, lane) }
+        Self { device: Arc::new(device), talk: Talk::new(shared, lane) }
     }
 
     pub(super) fn shared(&self) -> Arc<Shared> {
@@ -54,7 +54,7 @@ impl Lane {
         let result = match header.opcode {
             op::FORGET | op::BATCH_FORGET => return self.talk.tell(message),
             op::NOTIFY_REPLY => return,
-            op::INTERRUPT => return self.interrupt(&header, message),
+            op::INTERRUPT => return self.interrupt(message),
             op::IOCTL => Err(libc::ENOTTY),
             op::DESTROY => Ok(()),
             op::OPEN if !opens_to_write(u32_at(&message[IN_HEADER..], 0)) => {
@@ -176,21 +176,19 @@ impl Lane {
         self.note_lock(header, message);
         let shared = self.shared();
         match self.put_handles(header, message) {
-            Ok(()) if !shared.is_lost() => shared.waits.add(&shared, header.unique, message),
+            Ok(()) if !shared.is_lost() => shared.waits.add(&shared, &self.device, header.unique, message),
             Ok(()) => self.device.answer_errno(header.unique, libc::EIO),
             Err(errno) => self.device.answer_errno(header.unique, errno),
         }
     }
 
-    fn interrupt(&self, header: &InHeader, message: &[u8]) {
+    /// Requests on a lane are short: only those that wait are interrupted.
+    fn interrupt(&self, message: &[u8]) {
         let shared = &self.talk.shared;
         let unique = u64_at(&message[IN_HEADER..], 0);
-        if shared.is_lost() || shared.waits.interrupt(shared, unique) || shared.is_in_turn(unique) {
-            // Requests on a lane are short: they are let finish.
-            return;
+        if !shared.is_lost() && !shared.is_in_turn(unique) {
+            shared.waits.interrupt(shared, unique);
         }
-        // It is done, or another thread has just taken it: the kernel knows which, and asks again if need be.
-        self.device.answer_errno(header.unique, libc::EAGAIN);
     }
 }
 

@@ -3,10 +3,10 @@
 //! Invariants: each is answered once, by the guest, or by us when its caller got a signal and the guest does not
 //! let go in time, or when the guest is lost.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::Mutex;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::device::Device;
@@ -20,6 +20,9 @@ const LET_GO: Duration = Duration::from_secs(1);
 
 /// Requests that were answered here and may yet be answered by the guest. More of them is a broken guest.
 const MOST_LATE: usize = 1024;
+
+/// Interrupts that are kept for requests to come.
+const MOST_EARLY: usize = 64;
 
 /// The kernel's own numbers are even and count up from 2.
 const OWN: u64 = u64::MAX - 1;
@@ -37,11 +40,14 @@ pub(super) struct Waits {
 struct Pending {
     by_unique: HashMap<u64, Waiting>,
     late: HashSet<u64>,
+    /// Interrupts of requests that are not here: done already, or just being taken by another thread.
+    early: VecDeque<u64>,
 }
 
 #[derive(Debug)]
 enum Waiting {
-    Kernel { interrupted: Option<Instant> },
+    /// The kernel takes an answer only from the descriptor that it gave the request to.
+    Kernel { device: Arc<Device>, interrupted: Option<Instant> },
     Own(SyncSender<i32>),
 }
 
@@ -62,19 +68,39 @@ impl Waits {
     }
 
     /// Takes over a request of the kernel's.
-    pub(super) fn add(&self, shared: &Shared, unique: u64, message: &[u8]) {
-        lock(&self.pending).by_unique.insert(unique, Waiting::Kernel { interrupted: None });
+    pub(super) fn add(&self, shared: &Shared, device: &Arc<Device>, unique: u64, message: &[u8]) {
+        let mut pending = lock(&self.pending);
+        let waiting = Waiting::Kernel { device: Arc::clone(device), interrupted: None };
+        pending.by_unique.insert(unique, waiting);
+        let interrupted = pending.early.contains(&unique);
+        drop(pending);
         self.send(shared, message);
+        if interrupted {
+            self.interrupt(shared, unique);
+        }
+        // The guest may have been lost meanwhile, with nobody left to answer.
+        if shared.is_lost() {
+            self.answer_all();
+        }
     }
 
-    /// The caller of a request got a signal. Tells whether it waits here.
-    pub(super) fn interrupt(&self, shared: &Shared, unique: u64) -> bool {
+    /// The caller of a request got a signal.
+    pub(super) fn interrupt(&self, shared: &Shared, unique: u64) {
         let mut pending = lock(&self.pending);
-        let Some(Waiting::Kernel { interrupted }) = pending.by_unique.get_mut(&unique) else { return false };
-        interrupted.get_or_insert_with(Instant::now);
+        match pending.by_unique.get_mut(&unique) {
+            Some(Waiting::Kernel { interrupted, .. }) => {
+                interrupted.get_or_insert_with(Instant::now);
+            }
+            _ => {
+                pending.early.push_back(unique);
+                if pending.early.len() > MOST_EARLY {
+                    pending.early.pop_front();
+                }
+                return;
+            }
+        }
         drop(pending);
         self.send(shared, &own_message(op::INTERRUPT, unique | 1, unique));
-        true
     }
 
     /// Asks the guest to bring all it has to its disks.
@@ -87,10 +113,10 @@ impl Waits {
     }
 
     /// Hands the guest's answers on until the stream ends, then answers what is left.
-    pub(super) fn run(&self, shared: &Shared, device: &Device) {
+    pub(super) fn run(&self, shared: &Shared) {
         let mut inbox = Inbox::default();
         let lost = loop {
-            match inbox.next(&self.stream, OUT_HEADER, OUT_HEADER).map(|message| self.take(message, device)) {
+            match inbox.next(&self.stream, OUT_HEADER, OUT_HEADER).map(|message| self.take(message)) {
                 Ok(Ok(())) => {}
                 Ok(Err(malformed)) => break Lost::Broken(malformed.to_string()),
                 Err(StreamError::Length(length)) => break Lost::Broken(format!("an answer of {length} bytes")),
@@ -98,11 +124,15 @@ impl Waits {
             }
         };
         shared.give_up(lost);
-        let left = std::mem::take(&mut lock(&self.pending).by_unique);
-        left.into_iter().for_each(|(unique, waiting)| waiting.answer(unique, libc::EIO, device));
+        self.answer_all();
     }
 
-    fn take(&self, message: &[u8], device: &Device) -> Result<(), Malformed> {
+    fn answer_all(&self) {
+        let left = std::mem::take(&mut lock(&self.pending).by_unique);
+        left.into_iter().for_each(|(unique, waiting)| waiting.answer(unique, libc::EIO));
+    }
+
+    fn take(&self, message: &[u8]) -> Result<(), Malformed> {
         let header = OutHeader::take(&mut Take::new(message))?;
         let errno = match header.error {
             0 => 0,
@@ -113,7 +143,7 @@ impl Waits {
         match pending.by_unique.remove(&header.unique) {
             Some(waiting) => {
                 drop(pending);
-                waiting.answer(header.unique, errno, device);
+                waiting.answer(header.unique, errno);
                 Ok(())
             }
             None if pending.late.remove(&header.unique) => Ok(()),
@@ -122,16 +152,13 @@ impl Waits {
     }
 
     /// Answers interrupted requests that the guest does not let go.
-    pub(super) fn check_interrupted(&self, shared: &Shared, device: &Device) {
+    pub(super) fn check_interrupted(&self, shared: &Shared) {
         let mut pending = lock(&self.pending);
-        let overdue: Vec<u64> = pending.by_unique.iter().filter(|(_, one)| one.is_overdue()).map(|(u, _)| *u).collect();
-        for unique in &overdue {
-            pending.by_unique.remove(unique);
-            pending.late.insert(*unique);
-        }
+        let overdue: Vec<_> = pending.by_unique.extract_if(|_, waiting| waiting.is_overdue()).collect();
+        pending.late.extend(overdue.iter().map(|(unique, _)| *unique));
         let broken = pending.late.len() > MOST_LATE;
         drop(pending);
-        overdue.into_iter().for_each(|unique| device.answer_errno(unique, libc::EINTR));
+        overdue.into_iter().for_each(|(unique, waiting)| waiting.answer(unique, libc::EINTR));
         if broken {
             shared.give_up(Lost::Broken("interrupted requests are not answered".to_owned()));
         }
@@ -139,16 +166,16 @@ impl Waits {
 }
 
 impl Waiting {
-    fn answer(self, unique: u64, errno: i32, device: &Device) {
+    fn answer(self, unique: u64, errno: i32) {
         match self {
-            Self::Kernel { .. } => device.answer_errno(unique, errno),
+            Self::Kernel { device, .. } => device.answer_errno(unique, errno),
             // Whoever asked may have stopped waiting.
             Self::Own(sender) => drop(sender.send(errno)),
         }
     }
 
     fn is_overdue(&self) -> bool {
-        matches!(self, Self::Kernel { interrupted: Some(since) } if since.elapsed() > LET_GO)
+        matches!(self, Self::Kernel { interrupted: Some(since), .. } if since.elapsed() > LET_GO)
     }
 }
 
