@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
 
+use super::sys::own_descriptors;
 use super::rig::{Mounted, Place, as_other_process, in_private_namespace};
 
 fn range(kind: i32, start: i64, length: i64) -> libc::flock {
@@ -106,7 +107,7 @@ fn waiters_get_the_lock_while_all_lanes_wait() {
             let waiters: Vec<_> = (0..12)
                 .map(|_| {
                     scope.spawn(|| {
-                        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES).unwrap();
+                        own_descriptors();
                         let theirs = open(&mounted.path("file"));
                         fcntl(&theirs, FcntlArg::F_SETLKW(&range(libc::F_WRLCK, 0, 0))).unwrap();
                     })

@@ -79,7 +79,6 @@ pub fn mount_tmpfs(at: &Path, options: &str) {
 /// A served folder, mounted.
 pub struct Mounted {
     pub root: PathBuf,
-    pub server: Arc<Server>,
     export: Option<Export>,
     serving: Vec<JoinHandle<()>>,
 }
@@ -101,7 +100,7 @@ impl Mounted {
         };
         let streams = Streams { turns: (0..LANES).map(|_| stream()).collect(), waits: stream() };
         let export = Export::start(&config, streams).unwrap();
-        Self { root: config.mountpoint, server, export: Some(export), serving }
+        Self { root: config.mountpoint, export: Some(export), serving }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -144,7 +143,7 @@ pub fn as_user<T: Send>(uid: u32, groups: &[u32], body: impl FnOnce() -> T + Sen
 /// Runs `body` with open files of its own, which is what makes a process to locks.
 pub fn as_other_process<T: Send>(body: impl FnOnce() -> T + Send) -> T {
     on_thread(|| {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES).unwrap();
+        super::sys::own_descriptors();
         body()
     })
 }

@@ -113,14 +113,22 @@ impl Server {
         let name = request.body.string()?;
         request.body.end()?;
         let path = magic(&*self.nodes.find(request.header.nodeid)?);
-        sized(answer, size, |buffer| rustix::fs::getxattr(&path, name, buffer))
+        match size {
+            0 => length(answer, rustix::fs::getxattr_query(&path, name)?),
+            _ => content(answer, size, |room| rustix::fs::getxattr(&path, name, room))?,
+        }
+        Ok(())
     }
 
     pub(super) fn listxattr(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
         let size = xattr_size(&mut request.body)?;
         request.body.end()?;
         let path = magic(&*self.nodes.find(request.header.nodeid)?);
-        sized(answer, size, |buffer| rustix::fs::listxattr(&path, buffer))
+        match size {
+            0 => length(answer, rustix::fs::listxattr_query(&path)?),
+            _ => content(answer, size, |room| rustix::fs::listxattr(&path, room))?,
+        }
+        Ok(())
     }
 
     pub(super) fn setxattr(&self, request: &mut Request<'_>) -> Result<(), Failure> {
@@ -160,17 +168,17 @@ fn xattr_size(body: &mut Take<'_>) -> Result<u32, Malformed> {
     Ok(size.min(XATTR_MAX))
 }
 
-/// Answers with what `get` gives, or with its length when the caller has no room (`size` is 0).
-fn sized(
+/// Answers who has no room yet.
+fn length(answer: &mut Answer, length: usize) {
+    answer.u32(small(length as u64)).u32(0);
+}
+
+/// Answers with what `get` puts into the room.
+fn content(
     answer: &mut Answer,
     size: u32,
     get: impl Fn(&mut [u8]) -> rustix::io::Result<usize>,
-) -> Result<(), Failure> {
-    if size == 0 {
-        let length = get(&mut [])?;
-        answer.u32(small(length as u64)).u32(0);
-        return Ok(());
-    }
+) -> rustix::io::Result<()> {
     let length = get(answer.room(size as usize))?;
     answer.shorten(size as usize - length);
     Ok(())
