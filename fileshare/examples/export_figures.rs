@@ -4,6 +4,7 @@
 //! where it is not installed. Server and relay are one process, joined by socket pairs: what a VM adds is the
 //! turns of each workload times the cost of one, and the guest's slower work.
 
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -16,7 +17,7 @@ use anyhow::{Context, Result, bail};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use vmctr_fileshare::export::guest::Server;
 use vmctr_fileshare::export::host::{Config, Export, Streams};
-use vmctr_fileshare::export::wire::stream::{Stream, sent};
+use vmctr_fileshare::export::wire::stream::Stream;
 
 const LANES: usize = 4;
 
@@ -101,11 +102,11 @@ fn measure(side: &str, lowers: &str, place: &Path) -> Result<()> {
     let union = mount(side, lowers, place)?;
     let root = union.root.clone();
     let timed = |name: &str, work: &dyn Fn() -> Result<()>| -> Result<()> {
-        let (before, started) = (sent(), Instant::now());
+        let (before, started) = (turns(&union), Instant::now());
         work()?;
         let took = started.elapsed().as_secs_f64();
-        let messages = sent() - before;
-        Ok(writeln!(std::io::stdout(), "{side:15} {name:22} {took:8.3} s {messages:8} messages")?)
+        let asked = since(&before, &turns(&union));
+        Ok(writeln!(std::io::stdout(), "{side:15} {name:22} {took:8.3} s   {asked}")?)
     };
     let find = || run("find", &[".", "-printf", "%s %m\n"], &root);
     let tar = || tar_all(&root);
@@ -136,6 +137,18 @@ fn measure(side: &str, lowers: &str, place: &Path) -> Result<()> {
     })?;
     timed("remove 2000", &|| Ok(fs::remove_dir_all(&many)?))?;
     end(union)
+}
+
+fn turns(union: &Union) -> BTreeMap<u32, u64> {
+    union.export.iter().flat_map(Export::turns).collect()
+}
+
+/// The turns of a workload, in all and by opcode.
+fn since(before: &BTreeMap<u32, u64>, after: &BTreeMap<u32, u64>) -> String {
+    let more = |(opcode, count): (&u32, &u64)| (*opcode, count - before.get(opcode).unwrap_or(&0));
+    let asked: Vec<(u32, u64)> = after.iter().map(more).filter(|(_, count)| *count > 0).collect();
+    let all: u64 = asked.iter().map(|(_, count)| count).sum();
+    if after.is_empty() { String::new() } else { format!("{all} turns {asked:x?}") }
 }
 
 fn end(union: Union) -> Result<()> {

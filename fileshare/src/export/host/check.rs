@@ -11,9 +11,9 @@ use std::time::Duration;
 use super::config::{Cache, Config};
 use super::question::{Question, put_u64_at};
 use crate::export::wire::abi::{
-    ATTR_OUT, Attr, DIRENT, ENTRY_OUT, Entry, NAME_MAX, OPEN_OUT, OUT_HEADER, OutHeader, ROOT_ID, dirent_len, op,
+    ATTR, ATTR_OUT, Attr, DIRENT, ENTRY_OUT, Entry, NAME_MAX, OPEN_OUT, OUT_HEADER, OutHeader, ROOT_ID, dirent_len, op,
 };
-use crate::export::wire::codec::{Malformed, Take, check_name};
+use crate::export::wire::codec::{Malformed, Put, Take, check_name};
 
 /// Errors of system calls are below: `EHWPOISON` is the last.
 const LAST_ERRNO: i32 = 133;
@@ -43,6 +43,14 @@ impl Remember {
             Cache::For(time) => time,
         };
         Self { time }
+    }
+
+    /// `fuse_attr_out` of attributes that were checked.
+    pub(super) fn attr_out(self, attr: &[u8; ATTR]) -> Vec<u8> {
+        let time = Attr::take(&mut Take::new(attr)).map_or(Duration::ZERO, |attr| self.attributes(&attr));
+        let mut body = Vec::with_capacity(ATTR_OUT);
+        body.u64(time.as_secs()).u64(time.subsec_nanos().into()).bytes(attr);
+        body
     }
 
     /// The file's attributes are asked for each time while it has set-ID bits: the guest clears those when the
@@ -323,12 +331,32 @@ fn listed_node(entry: &mut [u8], dots: bool, kind: u32, remember: Remember) -> R
     }
 }
 
-/// The node and the offset of the first entry in a listing that was checked, and its length.
-pub(super) fn peek(listing: &[u8]) -> Option<(u64, u64, usize)> {
+/// An entry of a listing that was checked.
+pub(super) struct Listed<'a> {
+    pub(super) nodeid: u64,
+    pub(super) attr: &'a [u8],
+    /// Where the next entry is asked for.
+    pub(super) next: u64,
+    /// The entry's length.
+    pub(super) length: usize,
+}
+
+/// The entries of a listing that was checked.
+pub(super) fn entries(mut listing: &[u8]) -> impl Iterator<Item = Listed<'_>> {
+    std::iter::from_fn(move || {
+        let entry = first(listing)?;
+        listing = listing.get(entry.length..)?;
+        Some(entry)
+    })
+}
+
+fn first(listing: &[u8]) -> Option<Listed<'_>> {
     let mut take = Take::new(listing);
     let nodeid = take.u64().ok()?;
-    take.bytes(ENTRY_OUT - 8 + 8).ok()?;
-    let offset = take.u64().ok()?;
+    take.bytes(ENTRY_OUT - ATTR - 8).ok()?;
+    let attr = take.bytes(ATTR).ok()?;
+    let _ino = take.u64().ok()?;
+    let next = take.u64().ok()?;
     let name = take.u32().ok()? as usize;
-    Some((nodeid, offset, ENTRY_OUT + dirent_len(name)))
+    Some(Listed { nodeid, attr, next, length: ENTRY_OUT + dirent_len(name) })
 }

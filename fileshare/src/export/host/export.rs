@@ -20,7 +20,7 @@ use super::init::{InitError, Offer, asked};
 use super::lane::Lane;
 use super::mount::{Apart, Cut, MountError};
 use super::shared::{Lost, OpenFlags, Shared};
-use crate::export::wire::abi::{MAX_MESSAGE, feature, flag};
+use crate::export::wire::abi::{MAX_MESSAGE, feature, flag, op};
 use crate::export::wire::hello::{Hello, HelloError, Lane as Kind, VERSION};
 use crate::export::wire::stream::Stream;
 
@@ -101,6 +101,13 @@ impl Export {
     /// Why the guest was given up, if it was. The mount is then still there, and all is answered EIO.
     pub fn lost(&self) -> Option<Lost> {
         self.shared.why()
+    }
+
+    /// How often the guest was asked, by opcode: what the mount costs is these times the cost of one. What is
+    /// answered here, or sent without waiting, does not count.
+    pub fn turns(&self) -> Vec<(u32, u64)> {
+        let opcodes = (op::LOOKUP..=op::TMPFILE).chain([op::OPEN_READ, op::OPENDIR_READ]);
+        opcodes.map(|opcode| (opcode, self.shared.turns.of(opcode))).filter(|(_, count)| *count > 0).collect()
     }
 
     /// Waits until the mount is gone.

@@ -18,7 +18,7 @@ use super::question::{
 };
 use super::shared::Shared;
 use super::talk::{Errno, Talk, message};
-use crate::export::wire::abi::{ENTRY_OUT, IN_HEADER, InHeader, MAX_MESSAGE, OUT_HEADER, flag, op};
+use crate::export::wire::abi::{ATTR, ENTRY_OUT, IN_HEADER, InHeader, MAX_MESSAGE, OUT_HEADER, flag, op};
 use crate::export::wire::codec::{Put, Take};
 
 /// A relay thread's own.
@@ -64,6 +64,7 @@ impl Lane {
             op::RELEASE | op::RELEASEDIR => self.release(message),
             op::FLUSH if !self.has_locks(&header, message) => Ok(()),
             op::SETLKW => return self.wait(&header, message),
+            op::GETATTR => return self.attributes(&header, message),
             op::READ => return self.read(&header, message),
             op::READDIRPLUS => return self.list(&header, message),
             opcode if is_served(opcode) => return self.pass(&header, message),
@@ -87,18 +88,28 @@ impl Lane {
         if changes {
             shared.changed();
         }
+        let before = shared.changes();
         let answer = self.talk.ask(message);
         if changes {
             shared.changed();
         }
         let answer = answer?;
         match header.opcode {
+            op::LOOKUP => keep_entry(&shared, answer, before),
+            op::GETATTR => shared.keep_attr(header.nodeid, &answer[OUT_HEADER + 16..], before),
             op::OPEN => put_flags(answer, OUT_HEADER, shared.flags.file),
             op::CREATE | op::TMPFILE => put_flags(answer, OUT_HEADER + ENTRY_OUT, shared.flags.file),
             _ => {}
         }
         self.device.answer(answer);
         Ok(())
+    }
+
+    fn attributes(&mut self, header: &InHeader, message: &mut [u8]) {
+        match self.talk.shared.known_attr(header.nodeid) {
+            Some(answer) => self.device.answer_body(header.unique, &answer),
+            None => self.pass(header, message),
+        }
     }
 
     /// Replaces handles of ours by the guest's, which it is asked for where it has none yet.
@@ -190,6 +201,11 @@ impl Lane {
             shared.waits.interrupt(shared, unique);
         }
     }
+}
+
+fn keep_entry(shared: &Shared, answer: &[u8], changes: u64) {
+    let entry = &answer[OUT_HEADER..];
+    shared.keep_attr(u64_at(entry, 0), &entry[ENTRY_OUT - ATTR..ENTRY_OUT], changes);
 }
 
 fn put_flags(answer: &mut [u8], at: usize, flags: u32) {

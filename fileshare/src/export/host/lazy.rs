@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use super::check::{HANDLES, peek};
+use super::check::{HANDLES, entries};
 use super::shared::lock;
 
 /// What all listings together may hold.
@@ -103,40 +103,18 @@ impl Ahead {
         if offset != self.next || changes != self.changes || (start == self.entries.len() && !self.whole) {
             return None;
         }
-        while let Some((_, offset, length)) = peek(&self.entries[self.at..]) {
-            if self.at + length - start > size {
+        for entry in entries(&self.entries[start..]) {
+            if self.at + entry.length - start > size {
                 break;
             }
-            self.at += length;
-            self.next = offset;
+            self.at += entry.length;
+            self.next = entry.next;
         }
         Some(&self.entries[start..self.at])
     }
 
     /// The nodes that the kernel was not told of.
     pub(super) fn untold(&self) -> Vec<u64> {
-        nodes(&self.entries[self.at..])
+        entries(&self.entries[self.at..]).map(|entry| entry.nodeid).filter(|nodeid| *nodeid != 0).collect()
     }
-}
-
-/// The nodes in a listing.
-fn nodes(mut listing: &[u8]) -> Vec<u64> {
-    let mut nodes = Vec::new();
-    while let Some((nodeid, _, length)) = peek(listing) {
-        if nodeid != 0 {
-            nodes.push(nodeid);
-        }
-        listing = listing.get(length..).unwrap_or_default();
-    }
-    nodes
-}
-
-/// How many entries a listing has.
-pub(super) fn count(mut listing: &[u8]) -> u64 {
-    let mut count = 0;
-    while let Some((_, _, length)) = peek(listing) {
-        count += 1;
-        listing = listing.get(length..).unwrap_or_default();
-    }
-    count
 }

@@ -14,6 +14,7 @@
 //! 4. Memory is a buffer for each lane and a bounded store of listings, whatever comes.
 //! 5. How long things are remembered, and the flags of open files, are set here.
 
+mod attrs;
 mod check;
 mod config;
 mod device;

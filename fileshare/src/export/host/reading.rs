@@ -1,9 +1,10 @@
 //! Reading files and listing folders that the guest may not have open.
 
 use super::lane::Lane;
-use super::lazy::{Ahead, State, count};
+use super::check::entries;
+use super::lazy::{Ahead, State};
 use super::question::{put_u64_at, u32_at, u64_at};
-use super::shared::lock;
+use super::shared::{Shared, lock};
 use super::talk::{Errno, message};
 use crate::export::wire::abi::{IN_HEADER, InHeader, OUT_HEADER, op};
 use crate::export::wire::codec::Put;
@@ -81,6 +82,7 @@ impl Lane {
         let answer = self.talk.ask(&request)?;
         state.guest = Some(u64_at(answer, OUT_HEADER));
         let whole = u64_at(answer, OUT_HEADER + 8) == 1;
+        keep_attrs(&shared, &answer[OUT_HEADER + 16..], changes);
         let ahead = Ahead::new(&answer[OUT_HEADER + 16..], 0, whole, changes);
         if let Some(old) = shared.lazies.keep(state, ahead) {
             self.talk.forget(&old.untold());
@@ -108,7 +110,9 @@ impl Lane {
     fn list_on(&mut self, header: &InHeader, request: &mut [u8], state: &mut State) -> Result<(), Errno> {
         let shared = self.shared();
         put_u64_at(request, IN_HEADER, state.guest.ok_or(libc::EIO)?);
+        let changes = shared.changes();
         let answer = self.talk.ask(request)?;
+        keep_attrs(&shared, &answer[OUT_HEADER..], changes);
         let listed = allow(state.listed, &answer[OUT_HEADER..], shared.most_entries);
         state.listed = listed.inspect_err(|_| {
             if shared.complaints.may() {
@@ -120,8 +124,12 @@ impl Lane {
     }
 }
 
+fn keep_attrs(shared: &Shared, listing: &[u8], changes: u64) {
+    entries(listing).for_each(|entry| shared.keep_attr(entry.nodeid, entry.attr, changes));
+}
+
 /// Counts entries, up to as many as a folder may have.
-fn allow(listed: u64, entries: &[u8], most: u64) -> Result<u64, Errno> {
-    let listed = listed + count(entries);
+fn allow(listed: u64, listing: &[u8], most: u64) -> Result<u64, Errno> {
+    let listed = listed + entries(listing).count() as u64;
     if listed > most { Err(libc::EIO) } else { Ok(listed) }
 }

@@ -5,10 +5,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::attrs::Attrs;
 use super::check::Remember;
-use super::config::Config;
+use super::config::{Cache, Config};
 use super::lazy::Lazies;
 use super::waits::Waits;
+use crate::export::wire::abi::op;
 use crate::export::wire::stream::Stream;
 
 /// How many (file, owner) pairs are known to have had locks. With more, every close is told to the guest.
@@ -22,6 +24,9 @@ pub(super) struct Shared {
     pub(super) most_entries: u64,
     pub(super) patience: Duration,
     pub(super) lazies: Lazies,
+    /// Only where nobody else changes files.
+    pub(super) attrs: Option<Attrs>,
+    pub(super) turns: Turns,
     pub(super) waits: Waits,
     pub(super) complaints: Complaints,
     pub(super) lanes: Vec<Turn>,
@@ -81,6 +86,8 @@ impl Shared {
             most_entries: config.most_entries,
             patience: config.patience,
             lazies: Lazies::default(),
+            attrs: (config.cache == Cache::Alone).then(Attrs::default),
+            turns: Turns::default(),
             waits: Waits::new(waits),
             complaints: Complaints::default(),
             lanes: turns.into_iter().map(Turn::new).collect(),
@@ -156,6 +163,19 @@ impl Shared {
         self.changes.load(Ordering::Acquire)
     }
 
+    /// Keeps a node's attributes; `changes` is from before the guest was asked.
+    pub(super) fn keep_attr(&self, nodeid: u64, attr: &[u8], changes: u64) {
+        if let Some(attrs) = self.attrs.as_ref().filter(|_| nodeid != 0) {
+            attrs.keep(nodeid, attr, changes, Instant::now());
+        }
+    }
+
+    /// The answer to GETATTR, if it is known.
+    pub(super) fn known_attr(&self, nodeid: u64) -> Option<Vec<u8>> {
+        let attr = self.attrs.as_ref()?.get(nodeid, self.changes(), Instant::now())?;
+        Some(self.remember.attr_out(&attr))
+    }
+
     /// Remembers that closing this file has to be told to the guest.
     pub(super) fn note_lock(&self, node: u64, owner: u64) {
         let mut locked = lock(&self.locked);
@@ -195,5 +215,36 @@ impl Complaints {
         };
         *period = Some((since, count));
         count <= Self::MOST
+    }
+}
+
+/// How often the guest was asked what.
+#[derive(Debug)]
+pub(super) struct Turns([AtomicU64; Self::KINDS]);
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self([const { AtomicU64::new(0) }; Self::KINDS])
+    }
+}
+
+impl Turns {
+    const KINDS: usize = 64;
+
+    pub(super) fn count(&self, opcode: u32) {
+        self.0[Self::place(opcode)].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Ours come after the kernel's, whose numbers are below 60.
+    fn place(opcode: u32) -> usize {
+        match opcode {
+            op::OPEN_READ => 60,
+            op::OPENDIR_READ => 61,
+            other => (other as usize).min(Self::KINDS - 1),
+        }
+    }
+
+    pub(super) fn of(&self, opcode: u32) -> u64 {
+        self.0[Self::place(opcode)].load(Ordering::Relaxed)
     }
 }

@@ -32,6 +32,7 @@ impl Talk {
     /// Sends a request and waits for its answer: the whole message, checked and complete.
     pub(super) fn ask(&mut self, message: &[u8]) -> Result<&mut [u8], Errno> {
         let question = Question::of(message);
+        self.shared.turns.count(question.opcode);
         self.shared.begin(self.lane, question.unique);
         let result = self.exchange(&question, message);
         self.shared.end(self.lane);

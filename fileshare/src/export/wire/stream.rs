@@ -5,21 +5,12 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, Shutdown, SocketFlags, SocketType};
 
 /// What a small read takes at once. Most messages are shorter, and then come with one system call.
 const GULP: usize = 64 * 1024;
-
-/// Messages sent by this process; a relay's workload is measured by them.
-static SENT: AtomicU64 = AtomicU64::new(0);
-
-/// How many messages this process has sent on all its streams.
-pub fn sent() -> u64 {
-    SENT.load(Ordering::Relaxed)
-}
 
 /// A connected stream socket, of whatever family.
 #[derive(Debug)]
@@ -76,7 +67,6 @@ impl Stream {
     /// # Errors
     /// The other side is gone.
     pub fn write_all(&self, mut bytes: &[u8]) -> Result<(), StreamError> {
-        SENT.fetch_add(1, Ordering::Relaxed);
         while !bytes.is_empty() {
             match rustix::net::send(&self.0, bytes, SendFlags::NOSIGNAL) {
                 Ok(sent) => bytes = &bytes[sent..],
