@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
-use vmctr_fileshare::export::guest::Server;
+use vmctr_fileshare::export::guest::{Layers, Server};
 use vmctr_fileshare::export::host::{Config, Export, Streams};
 use vmctr_fileshare::export::wire::stream::Stream;
 
@@ -30,7 +30,7 @@ fn main() -> Result<()> {
     fs::create_dir(&lower)?;
     make_big(&lower.join("big.bin"))?;
     let lowers = format!("{}:{}", tree.canonicalize()?.display(), lower.display());
-    for side in ["kernel", "export", "fuse-overlayfs"] {
+    for side in ["kernel", "export", "relay", "fuse-overlayfs"] {
         if let Err(error) = measure(side, &lowers, &place.path().join(side)) {
             writeln!(std::io::stdout(), "{side}: {error:#}")?;
         }
@@ -42,7 +42,10 @@ fn make_big(path: &Path) -> Result<()> {
     let mut file = File::create(path)?;
     let mut block = vec![0u8; 1 << 20];
     for at in 0..512u32 {
-        block.iter_mut().zip(0u32..).for_each(|(byte, number)| *byte = (number.wrapping_mul(at | 1) >> 7) as u8);
+        block
+            .iter_mut()
+            .zip(0u32..)
+            .for_each(|(byte, number)| *byte = (number.wrapping_mul(at | 1) >> 7) as u8);
         file.write_all(&block)?;
     }
     Ok(file.sync_all()?)
@@ -68,7 +71,8 @@ fn overlay(lowers: &str, place: &Path, name: &str) -> Result<(PathBuf, String)> 
 fn mount(side: &str, lowers: &str, place: &Path) -> Result<Union> {
     let (merged, options) = overlay(lowers, place, side)?;
     if side == "fuse-overlayfs" {
-        let status = Command::new(side).args(["-o", &options]).arg(&merged).status().context("not installed")?;
+        let status =
+            Command::new(side).args(["-o", &options]).arg(&merged).status().context("not installed")?;
         if !status.success() {
             bail!("fuse-overlayfs failed");
         }
@@ -81,12 +85,15 @@ fn mount(side: &str, lowers: &str, place: &Path) -> Result<Union> {
     }
     let root = place.join("mnt");
     fs::create_dir(&root)?;
-    let export = export(&merged, &root)?;
+    // "relay": nothing is read in the layers.
+    let layers = if side == "export" { lowers.split(':').map(PathBuf::from).collect() } else { Vec::new() };
+    let export = export(&merged, &root, &place.join(side).join("upper"), layers)?;
     Ok(Union { root, under: Some(merged), export: Some(export) })
 }
 
-fn export(folder: &Path, mountpoint: &Path) -> Result<Export> {
-    let server = Arc::new(Server::new(folder)?);
+fn export(folder: &Path, mountpoint: &Path, upper: &Path, layers: Vec<PathBuf>) -> Result<Export> {
+    let server = Server::new(folder)?.with_layers(Layers::open(Some(upper), &layers)?);
+    let server = Arc::new(server);
     let stream = || -> Result<Stream> {
         let (ours, theirs) = Stream::pair()?;
         let server = Arc::clone(&server);
@@ -94,7 +101,10 @@ fn export(folder: &Path, mountpoint: &Path) -> Result<Export> {
         Ok(ours)
     };
     let turns = (0..LANES).map(|_| stream()).collect::<Result<_>>()?;
-    Ok(Export::start(&Config::new(mountpoint.to_owned()), Streams { turns, waits: stream()? })?)
+    Ok(Export::start(
+        &Config { layers, ..Config::new(mountpoint.to_owned()) },
+        Streams { turns, waits: stream()? },
+    )?)
 }
 
 fn measure(side: &str, lowers: &str, place: &Path) -> Result<()> {

@@ -66,7 +66,10 @@ fn names_are_moved_linked_and_followed() {
         fs::write(mounted.path("one"), "1").unwrap();
         fs::hard_link(mounted.path("one"), mounted.path("two")).unwrap();
         assert_eq!(fs::metadata(mounted.path("one")).unwrap().nlink(), 2);
-        assert_eq!(fs::metadata(mounted.path("one")).unwrap().ino(), fs::metadata(mounted.path("two")).unwrap().ino());
+        assert_eq!(
+            fs::metadata(mounted.path("one")).unwrap().ino(),
+            fs::metadata(mounted.path("two")).unwrap().ino()
+        );
         fs::rename(mounted.path("one"), mounted.path("three")).unwrap();
         assert!(!mounted.path("one").exists());
         fs::remove_file(mounted.path("three")).unwrap();

@@ -16,9 +16,8 @@ use super::rig::{Mounted, Place, as_user, in_private_namespace};
 const USER: u32 = 1001;
 
 /// Places in the tree; the first ones are in the lower folder.
-const NAMES: [&str; 14] = [
-    "d", "d/f", "d/s", "d/s/g", "f", "l", "h1", "h2", "n", "d/n", "d/s/n", "e", "e/x", "e/y",
-];
+const NAMES: [&str; 14] =
+    ["d", "d/f", "d/s", "d/s/g", "f", "l", "h1", "h2", "n", "d/n", "d/s/n", "e", "e/x", "e/y"];
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -91,16 +90,17 @@ fn act(root: &Path, step: &Step) -> io::Result<String> {
             use std::os::unix::fs::OpenOptionsExt;
             File::options().write(true).create_new(true).mode(*mode).open(at(name)).map(|_| String::new())
         }
-        Step::Write(name, offset, length) => {
-            open_to_write(name)?.write_at(&vec![(*offset % 251) as u8; *length], *offset).map(|n| n.to_string())
-        }
+        Step::Write(name, offset, length) => open_to_write(name)?
+            .write_at(&vec![(*offset % 251) as u8; *length], *offset)
+            .map(|n| n.to_string()),
         Step::Truncate(name, size) => open_to_write(name)?.set_len(*size).map(|()| String::new()),
         Step::Read(name) => fs::read(no_fifo(at(name))?).map(|bytes| digest(&bytes)),
         Step::MakeDir(name) => fs::create_dir(at(name)).map(|()| String::new()),
         Step::RemoveDir(name) => fs::remove_dir(at(name)).map(|()| String::new()),
         Step::Unlink(name) => fs::remove_file(at(name)).map(|()| String::new()),
         Step::Rename(from, to, flags) => {
-            let flags = [RenameFlags::empty(), RenameFlags::NOREPLACE, RenameFlags::EXCHANGE][*flags as usize];
+            let flags =
+                [RenameFlags::empty(), RenameFlags::NOREPLACE, RenameFlags::EXCHANGE][*flags as usize];
             done(rustix::fs::renameat_with(CWD, at(from), CWD, at(to), flags))
         }
         Step::Link(from, to) => fs::hard_link(at(from), at(to)).map(|()| String::new()),
@@ -109,7 +109,9 @@ fn act(root: &Path, step: &Step) -> io::Result<String> {
         Step::Chmod(name, mode) => {
             done(rustix::fs::chmodat(CWD, at(name), Mode::from_raw_mode(*mode), AtFlags::empty()))
         }
-        Step::Chown(name, uid) => std::os::unix::fs::lchown(at(name), Some(*uid), Some(*uid)).map(|()| String::new()),
+        Step::Chown(name, uid) => {
+            std::os::unix::fs::lchown(at(name), Some(*uid), Some(*uid)).map(|()| String::new())
+        }
         Step::Times(name, time) => {
             let time = rustix::fs::Timespec { tv_sec: *time, tv_nsec: 987_654_321 };
             let times = rustix::fs::Timestamps { last_access: time, last_modification: time };
@@ -127,7 +129,9 @@ fn act(root: &Path, step: &Step) -> io::Result<String> {
         Step::Stat(name) => describe(&at(name)),
         Step::List(name) => {
             let mut names = fs::read_dir(at(name))?
-                .map(|entry| entry.map(|entry| format!("{:?} {:?}", entry.file_name(), entry.file_type().ok())))
+                .map(|entry| {
+                    entry.map(|entry| format!("{:?} {:?}", entry.file_name(), entry.file_type().ok()))
+                })
                 .collect::<io::Result<Vec<_>>>()?;
             names.sort();
             Ok(names.concat())

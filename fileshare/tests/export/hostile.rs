@@ -145,11 +145,8 @@ fn under(evil: impl Fn(&InHeader, &[u8]) -> Deed + Send + Sync + 'static, test: 
             ours
         };
         let streams = Streams { turns: vec![stream(), stream(), stream()], waits: stream() };
-        let config = Config {
-            patience: Duration::from_millis(1500),
-            most_entries: 5000,
-            ..Config::new(root.clone())
-        };
+        let config =
+            Config { patience: Duration::from_millis(1500), most_entries: 5000, ..Config::new(root.clone()) };
         let export = Export::start(&config, streams).unwrap();
         let victim = Victim { root, export };
         test(&victim);
@@ -273,8 +270,10 @@ fn bad_names_in_a_listing_are_eio() {
 #[test]
 fn a_folder_without_end_ends() {
     let endless = |header: &InHeader, body: &[u8]| {
-        let offset = u64::from_le_bytes(*body.get(8..).and_then(|rest| rest.first_chunk()).unwrap_or(&[0; 8]));
-        let entries: Vec<u8> = (0..20).flat_map(|at| listed(format!("n{}", offset + at).as_bytes(), offset + at + 1)).collect();
+        let offset =
+            u64::from_le_bytes(*body.get(8..).and_then(|rest| rest.first_chunk()).unwrap_or(&[0; 8]));
+        let entries: Vec<u8> =
+            (0..20).flat_map(|at| listed(format!("n{}", offset + at).as_bytes(), offset + at + 1)).collect();
         match header.opcode {
             op::OPENDIR_READ => {
                 let mut answer = Vec::new();
@@ -369,7 +368,8 @@ fn lengths_that_no_message_has_end_it_all() {
 
 #[test]
 fn silence_is_eio_after_a_while() {
-    let evil = |header: &InHeader, _: &[u8]| if header.opcode == op::STATFS { Deed::Silence } else { Deed::Honest };
+    let evil =
+        |header: &InHeader, _: &[u8]| if header.opcode == op::STATFS { Deed::Silence } else { Deed::Honest };
     under(evil, |victim| {
         let file = File::open(victim.path("file")).unwrap();
         let started = Instant::now();
@@ -382,7 +382,8 @@ fn silence_is_eio_after_a_while() {
 
 #[test]
 fn a_guest_that_goes_leaves_eio_and_a_mount_that_can_be_taken_away() {
-    let evil = |header: &InHeader, _: &[u8]| if header.opcode == op::STATFS { Deed::Close } else { Deed::Honest };
+    let evil =
+        |header: &InHeader, _: &[u8]| if header.opcode == op::STATFS { Deed::Close } else { Deed::Honest };
     under(evil, |victim| {
         let started = Instant::now();
         eio(rustix::fs::statvfs(&victim.root).map_err(io::Error::from));
@@ -394,7 +395,8 @@ fn a_guest_that_goes_leaves_eio_and_a_mount_that_can_be_taken_away() {
 
 #[test]
 fn a_mount_that_is_cut_off_is_not_connected() {
-    let evil = |header: &InHeader, _: &[u8]| if header.opcode == op::STATFS { Deed::Silence } else { Deed::Honest };
+    let evil =
+        |header: &InHeader, _: &[u8]| if header.opcode == op::STATFS { Deed::Silence } else { Deed::Honest };
     under(evil, |victim| {
         std::thread::scope(|scope| {
             let pending = scope.spawn(|| rustix::fs::statvfs(&victim.root).map_err(io::Error::from));
@@ -410,9 +412,11 @@ fn a_mount_that_is_cut_off_is_not_connected() {
 
 #[test]
 fn locks_that_nobody_answers_can_be_interrupted() {
-    let evil = |header: &InHeader, _: &[u8]| if header.opcode == op::SETLKW { Deed::Silence } else { Deed::Honest };
+    let evil =
+        |header: &InHeader, _: &[u8]| if header.opcode == op::SETLKW { Deed::Silence } else { Deed::Honest };
     under(evil, |victim| {
-        let mut child = std::process::Command::new("flock").arg(victim.path("file")).arg("true").spawn().unwrap();
+        let mut child =
+            std::process::Command::new("flock").arg(victim.path("file")).arg("true").spawn().unwrap();
         std::thread::sleep(Duration::from_millis(300));
         assert_eq!(child.try_wait().unwrap(), None, "flock did not wait");
         let started = Instant::now();

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
 
-use super::sys::own_descriptors;
 use super::rig::{Mounted, Place, as_other_process, in_private_namespace};
+use super::sys::own_descriptors;
 
 fn range(kind: i32, start: i64, length: i64) -> libc::flock {
     let (l_type, l_whence) = (kind as libc::c_short, libc::SEEK_SET as libc::c_short);

@@ -7,11 +7,13 @@
 #![allow(clippy::unwrap_used)]
 
 mod basics;
+mod corpus;
 mod differential;
 mod hostile;
 mod lock;
 mod overlay;
 mod random_io;
 mod rig;
+mod shortcut;
 mod sys;
 mod users;

@@ -47,7 +47,8 @@ fn a_lower_folder_is_renamed_not_copied() {
         assert!(!place.path("union/upper/moved/sub").exists());
         let mut value = [0; 32];
         let length =
-            rustix::fs::getxattr(place.path("union/upper/moved"), "trusted.overlay.redirect", &mut value).unwrap();
+            rustix::fs::getxattr(place.path("union/upper/moved"), "trusted.overlay.redirect", &mut value)
+                .unwrap();
         assert_eq!(&value[..length], b"dir");
     });
 }

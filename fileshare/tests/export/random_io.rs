@@ -97,7 +97,8 @@ fn run(writes: Writes) {
             Config { writes, ..Config::new(place.folder("mnt")) },
         );
         let count = std::cell::Cell::new(0);
-        let mut runner = TestRunner::new(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(16) });
+        let mut runner =
+            TestRunner::new(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(16) });
         runner
             .run(&prop::collection::vec(step(), 1..60), |steps| {
                 let name = format!("file{}", count.replace(count.get() + 1));

@@ -68,7 +68,8 @@ pub fn mount_overlay(merged: &Path, lower: &Path, upper: &Path, work: &Path) {
         work.display()
     );
     let options = CString::new(options).unwrap();
-    rustix::mount::mount("overlay", merged, "overlay", MountFlags::empty(), Some(options.as_c_str())).unwrap();
+    rustix::mount::mount("overlay", merged, "overlay", MountFlags::empty(), Some(options.as_c_str()))
+        .unwrap();
 }
 
 pub fn mount_tmpfs(at: &Path, options: &str) {
@@ -90,7 +91,11 @@ impl Mounted {
     }
 
     pub fn with(folder: &Path, config: Config) -> Self {
-        let server = Arc::new(Server::new(folder).unwrap());
+        Self::serve(Server::new(folder).unwrap(), config)
+    }
+
+    pub fn serve(server: Server, config: Config) -> Self {
+        let server = Arc::new(server);
         let mut serving = Vec::new();
         let mut stream = || {
             let (ours, theirs) = Stream::pair().unwrap();

@@ -23,7 +23,11 @@ impl Shared {
         let at = unsafe {
             libc::mmap(std::ptr::null_mut(), length, protection, libc::MAP_SHARED, file.as_raw_fd(), 0)
         };
-        if at == libc::MAP_FAILED { Err(std::io::Error::last_os_error()) } else { Ok(Self { at: at.cast(), length }) }
+        if at == libc::MAP_FAILED {
+            Err(std::io::Error::last_os_error())
+        } else {
+            Ok(Self { at: at.cast(), length })
+        }
     }
 
     pub fn get(&self, at: usize) -> u8 {

@@ -40,7 +40,10 @@ fn permissions_hold() {
             assert_errno(fs::read(root.join("private")), libc::EACCES);
             assert_errno(fs::write(root.join("new"), ""), libc::EACCES);
             assert_errno(fs::remove_file(root.join("private")), libc::EACCES);
-            assert_errno(fs::set_permissions(root.join("private"), Permissions::from_mode(0o777)), libc::EPERM);
+            assert_errno(
+                fs::set_permissions(root.join("private"), Permissions::from_mode(0o777)),
+                libc::EPERM,
+            );
         });
         assert_eq!(fs::read(root.join("private")).unwrap(), b"secret");
     });
@@ -96,10 +99,19 @@ fn set_group_folders_pass_their_group_on() {
         });
         as_user(BOB, &[], || {
             use std::os::unix::fs::OpenOptionsExt;
-            File::options().write(true).create(true).truncate(true).mode(0o2775).open(team.join("stranger")).unwrap();
+            File::options()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o2775)
+                .open(team.join("stranger"))
+                .unwrap();
         });
         assert_eq!(fs::metadata(team.join("file")).unwrap().gid(), TEAM);
-        assert_eq!((fs::metadata(team.join("dir")).unwrap().gid(), mode(&team.join("dir")) & 0o2000), (TEAM, 0o2000));
+        assert_eq!(
+            (fs::metadata(team.join("dir")).unwrap().gid(), mode(&team.join("dir")) & 0o2000),
+            (TEAM, 0o2000)
+        );
         assert_eq!(mode(&team.join("member")) & 0o2000, 0o2000);
         assert_eq!(mode(&team.join("stranger")) & 0o2000, 0);
     });

@@ -1,6 +1,8 @@
 //! Attributes: of files, of file systems, extended.
 
-use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Timespec, Timestamps, Uid, UTIME_NOW, UTIME_OMIT, XattrFlags};
+use rustix::fs::{
+    AtFlags, CWD, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid, XattrFlags,
+};
 use rustix::io::Errno;
 
 use super::caller::clearing_set_ids;
@@ -47,9 +49,7 @@ impl Change {
         let (seconds, nanoseconds) = self.times[at];
         match () {
             () if self.has(now) => Timespec { tv_sec: 0, tv_nsec: UTIME_NOW },
-            () if self.has(set) => {
-                Timespec { tv_sec: seconds.cast_signed(), tv_nsec: nanoseconds.into() }
-            }
+            () if self.has(set) => Timespec { tv_sec: seconds.cast_signed(), tv_nsec: nanoseconds.into() },
             () => Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
         }
     }
@@ -69,7 +69,12 @@ impl Server {
         request.body.end()?;
         let node = self.nodes.find(request.header.nodeid)?;
         if change.has(flag::FATTR_MODE) {
-            rustix::fs::chmodat(CWD, magic(&*node), Mode::from_raw_mode(change.mode & 0o7777), AtFlags::empty())?;
+            rustix::fs::chmodat(
+                CWD,
+                magic(&*node),
+                Mode::from_raw_mode(change.mode & 0o7777),
+                AtFlags::empty(),
+            )?;
         }
         if change.has(flag::FATTR_UID | flag::FATTR_GID) {
             chown(&node, &change)?;

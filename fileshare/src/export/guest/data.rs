@@ -9,7 +9,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 use super::caller::clearing_set_ids;
 use super::handles::Handle;
 use super::message::{Answer, Request};
-use super::nodes::stat;
+use super::nodes::{Node, stat};
 use super::server::{Failure, Server};
 use crate::export::wire::abi::{MAX_DATA, flag};
 use crate::export::wire::codec::Put;
@@ -38,12 +38,33 @@ impl Server {
         let file = node.open(OFlags::RDONLY)?;
         let size = size.min(MAX_DATA) as usize;
         answer.u64(0).u64(0);
+        let hint = self.put_hint(&node, &file, offset, size, answer)?;
         let done = read_at(&file, answer.room(size), offset)?;
         answer.shorten(size - done);
-        if !is_all(&file, offset, done, size)? {
+        if hint || !is_all(&file, offset, done, size)? {
             answer.patch_u64(0, self.handles.add(Handle::new(node, file, false)));
         }
         Ok(())
+    }
+
+    /// Appends where a file's bytes are, if it is worth it: if there are more than are read now.
+    fn put_hint(
+        &self,
+        node: &Node,
+        file: &OwnedFd,
+        offset: u64,
+        size: usize,
+        answer: &mut Answer,
+    ) -> rustix::io::Result<bool> {
+        let Some(layers) = &self.layers else { return Ok(false) };
+        if offset.saturating_add(size as u64) >= stat(file)?.stx_size {
+            return Ok(false);
+        }
+        let Some(hint) = layers.find(&self.root, node) else { return Ok(false) };
+        let before = answer.body_len();
+        hint.put(answer);
+        answer.patch_u64(8, (answer.body_len() - before) as u64);
+        Ok(true)
     }
 
     pub(super) fn write(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
@@ -105,7 +126,11 @@ impl Server {
         Ok(())
     }
 
-    pub(super) fn copy_file_range(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
+    pub(super) fn copy_file_range(
+        &self,
+        request: &mut Request<'_>,
+        answer: &mut Answer,
+    ) -> Result<(), Failure> {
         let body = &mut request.body;
         let (handle, mut offset) = (body.u64()?, body.u64()?);
         let (out_node, out_handle, mut out_offset) = (body.u64()?, body.u64()?, body.u64()?);

@@ -40,7 +40,12 @@ impl Server {
         Ok(())
     }
 
-    pub(super) fn readdir(&self, request: &mut Request<'_>, answer: &mut Answer, plus: bool) -> Result<(), Failure> {
+    pub(super) fn readdir(
+        &self,
+        request: &mut Request<'_>,
+        answer: &mut Answer,
+        plus: bool,
+    ) -> Result<(), Failure> {
         let body = &mut request.body;
         let (handle, offset, size) = (body.u64()?, body.u64()?, body.u32()?);
         body.bytes(20)?;
@@ -67,8 +72,7 @@ impl Server {
             seek(handle, &mut position, next)?;
             let mut entries = RawDir::new(&handle.file, buffer.spare_capacity_mut());
             let mut any = false;
-            loop {
-                let Some(entry) = entries.next() else { break };
+            while let Some(entry) = entries.next() {
                 let entry = entry?;
                 any = true;
                 if !self.fits(handle, &entry, limit, plus, answer) {
@@ -88,7 +92,14 @@ impl Server {
     }
 
     /// Appends an entry if there is room.
-    fn fits(&self, handle: &Handle, entry: &RawDirEntry<'_>, limit: usize, plus: bool, answer: &mut Answer) -> bool {
+    fn fits(
+        &self,
+        handle: &Handle,
+        entry: &RawDirEntry<'_>,
+        limit: usize,
+        plus: bool,
+        answer: &mut Answer,
+    ) -> bool {
         let name = entry.file_name();
         let length = dirent_len(name.count_bytes()) + if plus { ENTRY_OUT } else { 0 };
         if answer.body_len() + length > limit {

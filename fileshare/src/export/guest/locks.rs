@@ -175,7 +175,8 @@ impl Locks {
             return 0;
         }
         let owners = lock_guard(&self.0);
-        let mut others = owners.iter().filter(|((node, owner), _)| *node == wish.node && *owner != wish.owner);
+        let mut others =
+            owners.iter().filter(|((node, owner), _)| *node == wish.node && *owner != wish.owner);
         match (others.next(), others.next()) {
             (Some((_, only)), None) => lock_guard(&only.held).pid,
             _ => 0,

@@ -25,7 +25,11 @@ impl<'a> Request<'a> {
         let body = message.len().checked_sub(IN_HEADER + extensions);
         let body = take.bytes(body.ok_or(Malformed("extensions longer than the message"))?)?;
         let groups = groups(take)?;
-        Ok(Self { header, caller: Caller { uid: header.uid, gid: header.gid, groups }, body: Take::new(body) })
+        Ok(Self {
+            header,
+            caller: Caller { uid: header.uid, gid: header.gid, groups },
+            body: Take::new(body),
+        })
     }
 }
 

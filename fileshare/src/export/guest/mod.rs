@@ -28,10 +28,12 @@ mod data;
 mod entries;
 mod folders;
 mod handles;
+mod layers;
 mod locks;
 mod message;
 mod nodes;
 mod server;
 mod waits;
 
+pub use layers::Layers;
 pub use server::{ServeError, Server};

@@ -124,7 +124,10 @@ impl Nodes {
         if st.stx_nlink < 2 || kind(st) == libc::S_IFDIR {
             return candidates.first().copied();
         }
-        candidates.iter().copied().find(|id| table.by_id.get(id).is_some_and(|(node, _)| self.same(node, file)))
+        candidates
+            .iter()
+            .copied()
+            .find(|id| table.by_id.get(id).is_some_and(|(node, _)| self.same(node, file)))
     }
 
     /// Whether two descriptors with one inode number are one inode: then a watch on either is the same watch.
@@ -250,7 +253,8 @@ mod tests {
     use super::*;
 
     fn path_only(path: &std::path::Path) -> OwnedFd {
-        rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty()).unwrap()
+        rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+            .unwrap()
     }
 
     #[test]

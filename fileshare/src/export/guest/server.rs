@@ -11,6 +11,7 @@ use rustix::io::Errno;
 
 use super::caller::own_thread;
 use super::handles::Handles;
+use super::layers::Layers;
 use super::locks::{Locks, Wish};
 use super::message::{Answer, Request};
 use super::nodes::Nodes;
@@ -50,6 +51,7 @@ pub struct Server {
     pub(super) locks: Locks,
     pub(super) waits: Waits,
     pub(super) root: OwnedFd,
+    pub(super) layers: Option<Layers>,
     writeback: AtomicBool,
 }
 
@@ -106,8 +108,15 @@ impl Server {
             locks: Locks::default(),
             waits: Waits::default(),
             root: open(OFlags::RDONLY)?,
+            layers: None,
             writeback: AtomicBool::new(false),
         })
+    }
+
+    /// Tells the host which of its own files it could read by itself. Only for an overlay of these layers that
+    /// nobody changes but the host's mount.
+    pub fn with_layers(self, layers: Layers) -> Self {
+        Self { layers: Some(layers), ..self }
     }
 
     /// Serves one stream until the host closes it. Blocks; wants a thread of its own.
@@ -176,7 +185,7 @@ impl Server {
     fn take_waiting(&self, message: &[u8], replies: &Arc<Replies>) {
         if let Err(failure) = self.wait_or_interrupt(message, replies) {
             let mut answer = Answer::default();
-            let reply = self.failed(message, failure, &mut answer);
+            let reply = self.failed(message, &failure, &mut answer);
             reply.into_iter().for_each(|reply| replies.send(reply));
         }
     }
@@ -208,15 +217,15 @@ impl Server {
         match done {
             Ok(header) if is_silent(header.opcode) => None,
             Ok(header) => Some(answer.finish(header.unique, Ok(()))),
-            Err(failure) => self.failed(message, failure, answer),
+            Err(failure) => self.failed(message, &failure, answer),
         }
     }
 
-    fn failed<'a>(&self, message: &[u8], failure: Failure, answer: &'a mut Answer) -> Option<&'a [u8]> {
+    fn failed<'a>(&self, message: &[u8], failure: &Failure, answer: &'a mut Answer) -> Option<&'a [u8]> {
         // The inbox hands out no message without a whole header.
         let header = crate::export::wire::abi::InHeader::take(&mut Take::new(message)).unwrap_or_default();
         let errno = match failure {
-            Failure::Errno(errno) => errno,
+            Failure::Errno(errno) => *errno,
             Failure::Malformed(malformed) => {
                 tracing::warn!(opcode = header.opcode, "malformed request: {malformed}");
                 Errno::INVAL

@@ -11,7 +11,8 @@ use std::time::Duration;
 use super::config::{Cache, Config};
 use super::question::{Question, put_u64_at};
 use crate::export::wire::abi::{
-    ATTR, ATTR_OUT, Attr, DIRENT, ENTRY_OUT, Entry, NAME_MAX, OPEN_OUT, OUT_HEADER, OutHeader, ROOT_ID, dirent_len, op,
+    ATTR, ATTR_OUT, Attr, DIRENT, ENTRY_OUT, Entry, NAME_MAX, OPEN_OUT, OUT_HEADER, OutHeader, ROOT_ID,
+    dirent_len, op,
 };
 use crate::export::wire::codec::{Malformed, Put, Take, check_name};
 
@@ -23,6 +24,9 @@ const XATTR_MAX: u32 = 65_536;
 
 /// The longest target of a symbolic link.
 const PATH_MAX: usize = 4096;
+
+/// The longest hint where a file's bytes are.
+const HINT_MAX: usize = 24 + PATH_MAX;
 
 /// Handles that the guest gives are below; those above are the host's own.
 pub(super) const HANDLES: u64 = 1 << 63;
@@ -76,7 +80,7 @@ pub fn check(question: &Question, message: &mut [u8], remember: Remember) -> Res
     let body = &mut message[OUT_HEADER..];
     match header.error {
         0 => check_body(question, body, remember),
-        error if error > 0 || error < -LAST_ERRNO => Err(Malformed("an error that is none")),
+        error if !(-LAST_ERRNO..=0).contains(&error) => Err(Malformed("an error that is none")),
         error if -error == libc::ENOSYS => Err(Malformed("not knowing a request that was agreed on")),
         _ if body.is_empty() => Ok(()),
         _ => Err(Malformed("an error with a body")),
@@ -167,8 +171,15 @@ fn attributes(body: &mut [u8], remember: Remember) -> Result<(), Malformed> {
 
 fn check_attr(attr: &Attr) -> Result<(), Malformed> {
     const SECOND: u32 = 1_000_000_000;
-    let kinds =
-        [libc::S_IFREG, libc::S_IFDIR, libc::S_IFLNK, libc::S_IFCHR, libc::S_IFBLK, libc::S_IFIFO, libc::S_IFSOCK];
+    let kinds = [
+        libc::S_IFREG,
+        libc::S_IFDIR,
+        libc::S_IFLNK,
+        libc::S_IFCHR,
+        libc::S_IFBLK,
+        libc::S_IFIFO,
+        libc::S_IFSOCK,
+    ];
     let largest = i64::MAX.cast_unsigned();
     match () {
         () if !kinds.contains(&attr.kind()) => Err(Malformed("a file of no type")),
@@ -198,9 +209,11 @@ fn opened(body: &[u8]) -> Result<(), Malformed> {
 
 fn opened_and_read(body: &[u8], size: u64) -> Result<(), Malformed> {
     let mut take = Take::new(body);
-    if take.u64()? >= HANDLES || take.u64()? != 0 {
-        return Err(Malformed("a handle that is none"));
+    let (handle, hint, padding) = (take.u64()?, take.u32()? as usize, take.u32()?);
+    if handle >= HANDLES || padding != 0 || hint > HINT_MAX {
+        return Err(Malformed("a handle or hint that is none"));
     }
+    take.bytes(hint)?;
     at_most(take.rest(), size)
 }
 
@@ -250,7 +263,11 @@ fn sized(body: &[u8], size: u64, content: fn(&[u8]) -> Result<(), Malformed>) ->
     let mut take = Take::new(body);
     let (length, padding) = (take.u32()?, take.u32()?);
     take.end()?;
-    if length > XATTR_MAX || padding != 0 { Err(Malformed("an attribute of impossible length")) } else { Ok(()) }
+    if length > XATTR_MAX || padding != 0 {
+        Err(Malformed("an attribute of impossible length"))
+    } else {
+        Ok(())
+    }
 }
 
 fn names(list: &[u8]) -> Result<(), Malformed> {
@@ -258,7 +275,11 @@ fn names(list: &[u8]) -> Result<(), Malformed> {
         return if list.is_empty() { Ok(()) } else { Err(Malformed("a list of names without an end")) };
     };
     let legal = |name: &[u8]| !name.is_empty() && name.len() <= NAME_MAX;
-    if names.split(|byte| *byte == 0).all(legal) { Ok(()) } else { Err(Malformed("a list with no name in it")) }
+    if names.split(|byte| *byte == 0).all(legal) {
+        Ok(())
+    } else {
+        Err(Malformed("a list with no name in it"))
+    }
 }
 
 fn lock(body: &[u8]) -> Result<(), Malformed> {

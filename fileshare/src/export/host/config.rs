@@ -21,6 +21,9 @@ pub struct Config {
     pub cache: Cache,
     /// How writes go.
     pub writes: Writes,
+    /// The host's folders that are the lower layers, from the top, in the order of the guest's. Large files that
+    /// lie there are read there. Empty: all is read through the guest. Only with [`Cache::Alone`].
+    pub layers: Vec<PathBuf>,
     /// How long the guest may take to answer a request before it is given up for lost. Locks may take longer.
     pub patience: Duration,
     /// Which of the guest's exports is mounted.
@@ -58,6 +61,7 @@ impl Config {
             allow_other: true,
             cache: Cache::Alone,
             writes: Writes::Through,
+            layers: Vec::new(),
             patience: Duration::from_secs(120),
             export: 0,
             most_entries: 1 << 24,

@@ -20,6 +20,7 @@ use super::init::{InitError, Offer, asked};
 use super::lane::Lane;
 use super::mount::{Apart, Cut, MountError};
 use super::shared::{Lost, OpenFlags, Shared};
+use super::shortcut::Shortcut;
 use crate::export::wire::abi::{MAX_MESSAGE, feature, flag, op};
 use crate::export::wire::hello::{Hello, HelloError, Lane as Kind, VERSION};
 use crate::export::wire::stream::Stream;
@@ -50,6 +51,9 @@ pub enum StartError {
     /// It cannot work as configured.
     #[error("{0}")]
     Config(&'static str),
+    /// A layer's folder is missing.
+    #[error("Cannot open a lower layer's folder")]
+    Layers(#[source] io::Error),
     /// The guest does not play.
     #[error("Cannot agree with the guest on the export")]
     Hello(#[source] HelloError),
@@ -85,11 +89,16 @@ impl Export {
     /// As [`StartError`] says; nothing stays behind.
     pub fn start(config: &Config, streams: Streams) -> Result<Self, StartError> {
         check_config(config, &streams)?;
+        let shortcut = Shortcut::open(&config.layers).map_err(StartError::Layers)?;
         let features = greet(config, &streams).map_err(StartError::Hello)?;
         let apart = Apart::make(config).map_err(StartError::Mount)?;
         let features = init(&apart.device, features)?;
-        let shared = Arc::new(Shared::new(config, open_flags(config), streams.turns, streams.waits));
-        tracing::debug!(features = format!("{features:#x}"), lanes = shared.lanes.len(), "the export is agreed");
+        let shared = Arc::new(Shared::new(config, open_flags(config), shortcut, streams));
+        tracing::debug!(
+            features = format!("{features:#x}"),
+            lanes = shared.lanes.len(),
+            "the export is agreed"
+        );
         let threads = start_threads(&shared, &apart.device).map_err(StartError::Threads)?;
         let placed = apart.place(config).inspect_err(|_| shared.give_up(Lost::Closed));
         let (first, cut) = placed.map_err(StartError::Mount)?;
@@ -161,6 +170,9 @@ fn check_config(config: &Config, streams: &Streams) -> Result<(), StartError> {
         (Writes::Gathered, Cache::For(_)) => {
             Err(StartError::Config("Writes can be gathered only where nobody else changes the files"))
         }
+        (_, Cache::For(_)) if !config.layers.is_empty() => {
+            Err(StartError::Config("Files can be read in the layers only where nobody else changes them"))
+        }
         _ => Ok(()),
     }
 }
@@ -186,10 +198,9 @@ fn init(device: &Device, guest: u64) -> Result<u64, StartError> {
 
 fn open_flags(config: &Config) -> OpenFlags {
     match config.cache {
-        Cache::Alone => OpenFlags {
-            file: flag::FOPEN_KEEP_CACHE,
-            folder: flag::FOPEN_KEEP_CACHE | flag::FOPEN_CACHE_DIR,
-        },
+        Cache::Alone => {
+            OpenFlags { file: flag::FOPEN_KEEP_CACHE, folder: flag::FOPEN_KEEP_CACHE | flag::FOPEN_CACHE_DIR }
+        }
         Cache::For(_) => OpenFlags { file: 0, folder: 0 },
     }
 }

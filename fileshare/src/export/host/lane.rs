@@ -13,9 +13,7 @@
 use std::sync::Arc;
 
 use super::device::{Device, Gone};
-use super::question::{
-    changes, handle_places, is_served, opens_to_write, put_u64_at, u32_at, u64_at,
-};
+use super::question::{changes, handle_places, is_served, opens_to_write, put_u64_at, u32_at, u64_at};
 use super::shared::Shared;
 use super::talk::{Errno, Talk, message};
 use crate::export::wire::abi::{ATTR, ENTRY_OUT, IN_HEADER, InHeader, MAX_MESSAGE, OUT_HEADER, flag, op};
@@ -26,11 +24,13 @@ use crate::export::wire::codec::{Put, Take};
 pub(super) struct Lane {
     pub(super) device: Arc<Device>,
     pub(super) talk: Talk,
+    /// What is read here.
+    pub(super) data: Vec<u8>,
 }
 
 impl Lane {
     pub(super) fn new(device: Device, shared: Arc<Shared>, lane: usize) -> Self {
-        Self { device: Arc::new(device), talk: Talk::new(shared, lane) }
+        Self { device: Arc::new(device), talk: Talk::new(shared, lane), data: Vec::new() }
     }
 
     pub(super) fn shared(&self) -> Arc<Shared> {
@@ -85,14 +85,16 @@ impl Lane {
         self.put_handles(header, message)?;
         let shared = self.shared();
         let changes = changes(header.opcode, &message[IN_HEADER..]);
-        if changes {
-            shared.changed();
-        }
+        let note = || {
+            if changes {
+                shared.changed();
+                shared.shortcut.note(header.opcode, header.nodeid, &message[IN_HEADER..]);
+            }
+        };
+        note();
         let before = shared.changes();
         let answer = self.talk.ask(message);
-        if changes {
-            shared.changed();
-        }
+        note();
         let answer = answer?;
         match header.opcode {
             op::LOOKUP => keep_entry(&shared, answer, before),

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex};
 
 use super::check::{HANDLES, entries};
 use super::shared::lock;
+use super::shortcut::HostFile;
 
 /// What all listings together may hold.
 const MOST_AHEAD: usize = 32 << 20;
@@ -39,6 +40,8 @@ pub(super) struct Lazy {
 pub(super) struct State {
     /// The guest's handle.
     pub(super) guest: Option<u64>,
+    /// The file itself, where it can be read here.
+    pub(super) host: Option<Arc<HostFile>>,
     /// What was listed and not yet taken.
     pub(super) ahead: Option<Ahead>,
     /// Entries given to the kernel since the folder's start.

@@ -26,6 +26,7 @@ mod mount;
 mod question;
 mod reading;
 mod shared;
+mod shortcut;
 mod talk;
 mod waits;
 

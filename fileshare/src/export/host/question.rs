@@ -52,7 +52,9 @@ pub(super) fn put_u64_at(bytes: &mut [u8], at: usize, value: u64) {
 pub(super) fn handle_places(opcode: u32, body: &[u8]) -> &'static [usize] {
     match opcode {
         op::READ | op::WRITE | op::RELEASE | op::FSYNC | op::FLUSH | op::READDIR | op::READDIRPLUS => &[0],
-        op::RELEASEDIR | op::FSYNCDIR | op::FALLOCATE | op::LSEEK | op::GETLK | op::SETLK | op::SETLKW => &[0],
+        op::RELEASEDIR | op::FSYNCDIR | op::FALLOCATE | op::LSEEK | op::GETLK | op::SETLK | op::SETLKW => {
+            &[0]
+        }
         op::COPY_FILE_RANGE => &[0, 24],
         op::SETATTR if u32_at(body, 0) & flag::FATTR_FH != 0 => &[8],
         _ => &[],

@@ -1,12 +1,15 @@
 //! Reading files and listing folders that the guest may not have open.
 
-use super::lane::Lane;
+use std::sync::Arc;
+
 use super::check::entries;
+use super::lane::Lane;
 use super::lazy::{Ahead, State};
 use super::question::{put_u64_at, u32_at, u64_at};
 use super::shared::{Shared, lock};
+use super::shortcut::HostFile;
 use super::talk::{Errno, message};
-use crate::export::wire::abi::{IN_HEADER, InHeader, OUT_HEADER, op};
+use crate::export::wire::abi::{IN_HEADER, InHeader, MAX_DATA, OUT_HEADER, op};
 use crate::export::wire::codec::Put;
 
 /// How many bytes of entries come when a folder is opened: those of about a thousand files.
@@ -26,7 +29,11 @@ impl Lane {
         };
         let mut state = lock(&lazy.state);
         if let Some(guest) = state.guest {
+            let host = state.host.clone();
             drop(state);
+            if host.is_some_and(|host| self.read_here(header, request, &host)) {
+                return;
+            }
             put_u64_at(request, IN_HEADER, guest);
             return self.pass(header, request);
         }
@@ -35,14 +42,32 @@ impl Lane {
         }
     }
 
+    /// Reads the host's file, if it still is the union's.
+    fn read_here(&mut self, header: &InHeader, request: &[u8], host: &HostFile) -> bool {
+        let shared = self.shared();
+        let (offset, size) = (u64_at(request, IN_HEADER + 8), u32_at(request, IN_HEADER + 16).min(MAX_DATA));
+        if self.data.len() < size as usize {
+            self.data.resize(size as usize, 0);
+        }
+        let Some(done) = shared.shortcut.read(host, offset, &mut self.data[..size as usize]) else {
+            return false;
+        };
+        self.device.answer_body(header.unique, &self.data[..done]);
+        true
+    }
+
     fn open_and_read(&mut self, header: &InHeader, request: &[u8], state: &mut State) -> Result<(), Errno> {
         let (offset, size) = (u64_at(request, IN_HEADER + 8), u32_at(request, IN_HEADER + 16));
         let mut body = Vec::with_capacity(24);
         body.u64(0).u64(offset).u32(size).u32(0);
         let request = message(&InHeader { opcode: op::OPEN_READ, ..*header }, &body);
+        let shared = self.shared();
+        let changed = shared.shortcut.changed(header.nodeid);
         let answer = self.talk.ask(&request)?;
         state.guest = Some(u64_at(answer, OUT_HEADER)).filter(|handle| *handle != 0);
-        self.device.answer_body(header.unique, &answer[OUT_HEADER + 16..]);
+        let (hint, data) = answer[OUT_HEADER + 16..].split_at(u32_at(answer, OUT_HEADER + 8) as usize);
+        self.device.answer_body(header.unique, data);
+        state.host = shared.shortcut.follow(hint, header.nodeid, changed).map(Arc::new);
         Ok(())
     }
 

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use super::attrs::Attrs;
 use super::check::Remember;
 use super::config::{Cache, Config};
+use super::export::Streams;
 use super::lazy::Lazies;
+use super::shortcut::Shortcut;
 use super::waits::Waits;
 use crate::export::wire::abi::op;
 use crate::export::wire::stream::Stream;
@@ -27,6 +29,7 @@ pub(super) struct Shared {
     /// Only where nobody else changes files.
     pub(super) attrs: Option<Attrs>,
     pub(super) turns: Turns,
+    pub(super) shortcut: Shortcut,
     pub(super) waits: Waits,
     pub(super) complaints: Complaints,
     pub(super) lanes: Vec<Turn>,
@@ -79,7 +82,7 @@ impl Turn {
 }
 
 impl Shared {
-    pub(super) fn new(config: &Config, flags: OpenFlags, turns: Vec<Stream>, waits: Stream) -> Self {
+    pub(super) fn new(config: &Config, flags: OpenFlags, shortcut: Shortcut, streams: Streams) -> Self {
         Self {
             remember: Remember::new(config),
             flags,
@@ -88,9 +91,10 @@ impl Shared {
             lazies: Lazies::default(),
             attrs: (config.cache == Cache::Alone).then(Attrs::default),
             turns: Turns::default(),
-            waits: Waits::new(waits),
+            shortcut,
+            waits: Waits::new(streams.waits),
             complaints: Complaints::default(),
-            lanes: turns.into_iter().map(Turn::new).collect(),
+            lanes: streams.turns.into_iter().map(Turn::new).collect(),
             locked: Mutex::default(),
             changes: AtomicU64::new(0),
             lost: AtomicBool::new(false),

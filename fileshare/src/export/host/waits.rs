@@ -47,7 +47,10 @@ struct Pending {
 #[derive(Debug)]
 enum Waiting {
     /// The kernel takes an answer only from the descriptor that it gave the request to.
-    Kernel { device: Arc<Device>, interrupted: Option<Instant> },
+    Kernel {
+        device: Arc<Device>,
+        interrupted: Option<Instant>,
+    },
     Own(SyncSender<i32>),
 }
 
@@ -119,7 +122,9 @@ impl Waits {
             match inbox.next(&self.stream, OUT_HEADER, OUT_HEADER).map(|message| self.take(message)) {
                 Ok(Ok(())) => {}
                 Ok(Err(malformed)) => break Lost::Broken(malformed.to_string()),
-                Err(StreamError::Length(length)) => break Lost::Broken(format!("an answer of {length} bytes")),
+                Err(StreamError::Length(length)) => {
+                    break Lost::Broken(format!("an answer of {length} bytes"));
+                }
                 Err(_) => break Lost::Closed,
             }
         };

@@ -52,7 +52,9 @@ pub enum HelloError {
     #[error("The export's other side speaks another protocol")]
     Malformed(#[source] Malformed),
     /// Another version of it.
-    #[error("The export's other side speaks version {0}, this one {VERSION}; use host and guest of one release")]
+    #[error(
+        "The export's other side speaks version {0}, this one {VERSION}; use host and guest of one release"
+    )]
     Version(u32),
     /// The guest has no such export.
     #[error("The guest refused the export (status {0})")]
