@@ -5,7 +5,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::caller::clearing_set_ids;
+use super::caller::Caller;
 use super::message::{Answer, Request};
 use super::nodes::{Node, magic, stat};
 use super::server::{Failure, Server};
@@ -80,7 +80,7 @@ impl Server {
             chown(&node, &change)?;
         }
         if change.has(flag::FATTR_SIZE) {
-            self.truncate(&node, &change)?;
+            self.truncate(&request.caller, &node, &change)?;
         }
         if change.has(flag::FATTR_ATIME | flag::FATTR_MTIME) {
             let last_access = change.time(0, flag::FATTR_ATIME, flag::FATTR_ATIME_NOW);
@@ -92,15 +92,15 @@ impl Server {
         Ok(())
     }
 
-    fn truncate(&self, node: &Node, change: &Change) -> Result<(), Failure> {
+    fn truncate(&self, caller: &Caller, node: &Node, change: &Change) -> Result<(), Failure> {
         let size = i64::try_from(change.size).map_err(|_| Errno::FBIG)?.cast_unsigned();
         if change.has(flag::FATTR_FH) {
             let handle = self.handles.find(change.handle, node.id)?;
-            let _clearing = clearing_set_ids(change.has(flag::FATTR_KILL_SUIDGID))?;
+            let _clearing = caller.clearing_set_ids(change.has(flag::FATTR_KILL_SUIDGID))?;
             return Ok(rustix::fs::ftruncate(&handle.file, size)?);
         }
         let file = node.open(OFlags::WRONLY)?;
-        let _clearing = clearing_set_ids(change.has(flag::FATTR_KILL_SUIDGID))?;
+        let _clearing = caller.clearing_set_ids(change.has(flag::FATTR_KILL_SUIDGID))?;
         Ok(rustix::fs::ftruncate(file, size)?)
     }
 

@@ -22,9 +22,10 @@ pub(super) struct Caller {
     pub(super) groups: Vec<u32>,
 }
 
-/// Gives this thread a umask of its own.
+/// Gives this thread a umask of its own, and no groups but root's.
 pub(super) fn own_thread() -> io::Result<()> {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
+    rustix::thread::set_thread_groups(&[])?;
     rustix::process::umask(Mode::empty());
     Ok(())
 }
@@ -66,23 +67,28 @@ impl Drop for ActingAs {
     }
 }
 
-/// While it lives, this thread's writes and truncations clear set-ID bits.
+/// While it lives, this thread's writes and truncations clear set-ID bits as the caller's would.
 #[must_use]
 pub(super) struct Unprivileged(CapabilitySets);
 
-/// Gives up CAP_FSETID if `wanted`.
-pub(super) fn clearing_set_ids(wanted: bool) -> rustix::io::Result<Option<Unprivileged>> {
-    if !wanted {
-        return Ok(None);
+impl Caller {
+    /// Gives up CAP_FSETID and root's group if `wanted`: a set-group-ID bit stays for members of the file's group.
+    /// Of the caller's groups only the first is known; members by another lose the bit.
+    pub(super) fn clearing_set_ids(&self, wanted: bool) -> rustix::io::Result<Option<Unprivileged>> {
+        if !wanted {
+            return Ok(None);
+        }
+        let before = rustix::thread::capabilities(None)?;
+        let effective = before.effective & !CapabilitySet::FSETID;
+        rustix::thread::set_capabilities(None, CapabilitySets { effective, ..before })?;
+        setfsgid(Gid::from_raw(self.gid));
+        Ok(Some(Unprivileged(before)))
     }
-    let before = rustix::thread::capabilities(None)?;
-    let effective = before.effective & !CapabilitySet::FSETID;
-    rustix::thread::set_capabilities(None, CapabilitySets { effective, ..before })?;
-    Ok(Some(Unprivileged(before)))
 }
 
 impl Drop for Unprivileged {
     fn drop(&mut self) {
+        setfsgid(Gid::from_raw(0));
         // Raising what is still permitted cannot fail.
         let _ = rustix::thread::set_capabilities(None, self.0);
     }

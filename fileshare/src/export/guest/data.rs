@@ -6,7 +6,6 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
-use super::caller::clearing_set_ids;
 use super::handles::Handle;
 use super::message::{Answer, Request};
 use super::nodes::{Node, stat};
@@ -76,7 +75,7 @@ impl Server {
         let data = body.bytes(size as usize)?;
         body.end()?;
         let handle = self.handles.find(handle, request.header.nodeid)?;
-        let _clearing = clearing_set_ids(write_flags & flag::WRITE_KILL_SUIDGID != 0)?;
+        let _clearing = request.caller.clearing_set_ids(write_flags & flag::WRITE_KILL_SUIDGID != 0)?;
         // What comes from the host's cache has its place already; else the end is where it is now.
         let append = open_flags.contains(OFlags::APPEND) && write_flags & flag::WRITE_CACHE == 0;
         let written = write_at(&handle.file, data, offset, append)?;
@@ -107,7 +106,7 @@ impl Server {
         body.end()?;
         let handle = self.handles.find(handle, request.header.nodeid)?;
         // The message cannot say whether the caller may keep set-ID bits: root may.
-        let _clearing = clearing_set_ids(!request.caller.is_root())?;
+        let _clearing = request.caller.clearing_set_ids(!request.caller.is_root())?;
         Ok(rustix::fs::fallocate(&handle.file, FallocateFlags::from_bits_retain(mode), offset, length)?)
     }
 
@@ -141,7 +140,7 @@ impl Server {
         }
         let from = self.handles.find(handle, request.header.nodeid)?;
         let to = self.handles.find(out_handle, out_node)?;
-        let _clearing = clearing_set_ids(!request.caller.is_root())?;
+        let _clearing = request.caller.clearing_set_ids(!request.caller.is_root())?;
         // The answer has 32 bits, and one request should not hold a thread for minutes.
         let length = length.min(u64::from(MAX_DATA) * 64) as usize;
         let copied = rustix::fs::copy_file_range(

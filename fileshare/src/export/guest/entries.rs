@@ -7,7 +7,7 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::caller::{Caller, clearing_set_ids};
+use super::caller::Caller;
 use super::handles::Handle;
 use super::message::{Answer, Request};
 use super::nodes::{Node, device, magic};
@@ -126,16 +126,21 @@ impl Server {
         let (flags, open_flags) = (request.body.u32()?, request.body.u32()?);
         request.body.end()?;
         let node = self.nodes.find(request.header.nodeid)?;
-        let handle = self.open_node(node, flags, open_flags)?;
+        let handle = self.open_node(&request.caller, node, (flags, open_flags))?;
         answer.open(handle);
         Ok(())
     }
 
-    fn open_node(&self, node: Arc<Node>, flags: u32, open_flags: u32) -> Result<u64, Failure> {
+    fn open_node(
+        &self,
+        caller: &Caller,
+        node: Arc<Node>,
+        (flags, open_flags): (u32, u32),
+    ) -> Result<u64, Failure> {
         let asked = OFlags::from_bits_retain(flags);
         let file = node.open(self.passed(asked))?;
         if asked.contains(OFlags::TRUNC) {
-            let _clearing = clearing_set_ids(open_flags & flag::OPEN_KILL_SUIDGID != 0)?;
+            let _clearing = caller.clearing_set_ids(open_flags & flag::OPEN_KILL_SUIDGID != 0)?;
             rustix::fs::ftruncate(&file, 0)?;
         }
         Ok(self.handles.add(Handle::new(node, file, is_writable(asked))))
@@ -165,7 +170,7 @@ impl Server {
             Err(Errno::EXIST) if !asked.contains(OFlags::EXCL) => {
                 let (node, attr) = self.look(&parent, name)?;
                 answer.entry(node.id, attr);
-                let opened = self.open_node(Arc::clone(&node), flags, open_flags);
+                let opened = self.open_node(&request.caller, Arc::clone(&node), (flags, open_flags));
                 answer.open(opened.inspect_err(|_| self.nodes.forget(node.id, 1))?);
                 Ok(())
             }

@@ -139,7 +139,7 @@ fn put_entry(entry: &RawDirEntry<'_>, answer: &mut Answer) {
 
 /// `DT_*`, which are the type bits of a mode, moved down.
 fn type_number(kind: FileType) -> u32 {
-    kind.as_raw_mode() >> 12
+    if kind == FileType::Unknown { 0 } else { kind.as_raw_mode() >> 12 }
 }
 
 #[cfg(test)]

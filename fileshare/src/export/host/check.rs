@@ -134,7 +134,7 @@ fn entry(
     exactly(body, length)?;
     let entry = Entry::take(&mut Take::new(body))?;
     let times = match entry.nodeid {
-        0 if may_lack => (remember.time, Duration::ZERO),
+        0 if may_lack && entry.attr == Attr::default() => (remember.time, Duration::ZERO),
         0 | ROOT_ID => return Err(Malformed("a node that is none, or the root")),
         _ => {
             check_attr(&entry.attr)?;
@@ -338,8 +338,8 @@ fn first_entry(listing: &mut [u8], plus: Option<Remember>) -> Result<usize, Malf
 fn listed_node(entry: &mut [u8], dots: bool, kind: u32, remember: Remember) -> Result<(), Malformed> {
     let listed = Entry::take(&mut Take::new(entry))?;
     match listed.nodeid {
-        0 => Ok(()),
-        ROOT_ID => Err(Malformed("a listing with the root in it")),
+        0 if listed.attr == Attr::default() => Ok(()),
+        0 | ROOT_ID => Err(Malformed("a listing with the root, or what is nothing, in it")),
         _ if dots => Err(Malformed("a listing that names the node of . or ..")),
         _ => {
             check_attr(&listed.attr)?;
