@@ -4,14 +4,16 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 
+use vmctr_fileshare::export::host::Config;
+
 use super::rig::{Mounted, Place, in_private_namespace};
 
 fn on_mount(test: impl FnOnce(&Mounted, &Place) + Send) {
     in_private_namespace(|| {
         let place = Place::new();
-        let mounted = Mounted::new(&place.folder("served"), &place.folder("mnt"));
+        let mounted = Mounted::within(&place.folder("served"), Config::new(place.folder("mnt")));
         test(&mounted, &place);
-        assert_eq!(mounted.unmount(), None);
+        mounted.unmount();
     });
 }
 

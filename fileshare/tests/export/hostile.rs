@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vmctr_fileshare::export::host::{Config, Export, Lost, Streams, unmount};
+use vmctr_fileshare::export::host::{Config, Export, Lost, Streams};
 use vmctr_fileshare::export::wire::abi::{
     Attr, Entry, IN_HEADER, InHeader, MAX_MESSAGE, OUT_HEADER, OutHeader, is_silent, op,
 };
@@ -15,7 +15,7 @@ use vmctr_fileshare::export::wire::codec::{Put, Take};
 use vmctr_fileshare::export::wire::hello::Hello;
 use vmctr_fileshare::export::wire::stream::{Inbox, Stream};
 
-use super::rig::{Place, assert_errno, in_private_namespace};
+use super::rig::{Place, assert_errno, in_private_namespace, take_away};
 
 /// The one file there is.
 const FILE: u64 = 2;
@@ -150,8 +150,8 @@ fn under(evil: impl Fn(&InHeader, &[u8]) -> Deed + Send + Sync + 'static, test: 
         let export = Export::start(&config, streams).unwrap();
         let victim = Victim { root, export };
         test(&victim);
+        take_away(&victim.root);
         let started = Instant::now();
-        unmount(&victim.root, false).unwrap();
         victim.export.wait();
         assert!(started.elapsed() < Duration::from_secs(2), "the end took too long");
         threads.into_iter().for_each(|thread| thread.join().unwrap());

@@ -1,4 +1,4 @@
-//! The export without a VM: server and relay in one process, joined by socket pairs, under a real FUSE mount.
+//! The export without a VM: server and relay joined by socket pairs, under a real FUSE mount.
 //!
 //! What is served is a plain folder, or an overlay that the test mounts in a mount namespace of its own (only
 //! tests do that: there it stands for the guest's). Needs root.
@@ -6,6 +6,7 @@
 // Helpers of tests are tests too; clippy's own exception stops at #[test] functions.
 #![allow(clippy::unwrap_used)]
 
+mod apart;
 mod basics;
 mod corpus;
 mod differential;

@@ -21,7 +21,7 @@ fn on_overlay(test: impl FnOnce(&Mounted, &Place) + Send) {
         fs::hard_link(lower.join("link1"), lower.join("link2")).unwrap();
         let mounted = Mounted::new(&place.overlay("union", &lower), &place.folder("mnt"));
         test(&mounted, &place);
-        assert_eq!(mounted.unmount(), None);
+        mounted.unmount();
         assert_eq!(fs::read(lower.join("file")).unwrap(), b"lower file");
         assert_eq!(fs::read(lower.join("dir/sub/file")).unwrap(), b"lower");
     });
@@ -89,7 +89,7 @@ fn hard_links_that_overlay_separates_are_two_files() {
         assert_eq!(fs::read(mounted.path("link1")).unwrap(), b"linked");
         assert_eq!(fs::read(place.path("upper/link2")).unwrap(), b"changed");
         assert!(!place.path("upper/link1").exists());
-        assert_eq!(mounted.unmount(), None);
+        mounted.unmount();
     });
 }
 
@@ -264,7 +264,7 @@ fn a_full_disk_is_told_to_who_writes() {
         drop(file);
         fs::remove_file(mounted.path("new")).unwrap();
         fs::write(mounted.path("new"), [1; 65536]).unwrap();
-        assert_eq!(mounted.unmount(), None);
+        mounted.unmount();
         rustix::mount::unmount(&merged, rustix::mount::UnmountFlags::DETACH).unwrap();
         rustix::mount::unmount(&small, rustix::mount::UnmountFlags::DETACH).unwrap();
     });
@@ -283,13 +283,13 @@ fn read_only_is_refused_by_whichever_side_is() {
         rustix::mount::mount("overlay", &merged, "overlay", flags, Some(options.as_c_str())).unwrap();
         let mounted = Mounted::new(&merged, &place.folder("mnt"));
         assert_refuses_writes(&mounted.root);
-        assert_eq!(mounted.unmount(), None);
+        mounted.unmount();
 
         let mut config = vmctr_fileshare::export::host::Config::new(place.folder("mnt"));
         config.restrictions |= rustix::mount::MountAttrFlags::MOUNT_ATTR_RDONLY;
-        let mounted = Mounted::with(&one, config);
+        let mounted = Mounted::within(&one, config);
         assert_refuses_writes(&mounted.root);
-        assert_eq!(mounted.unmount(), None);
+        mounted.unmount();
     });
 }
 

@@ -6,8 +6,9 @@ use std::os::unix::fs::FileExt;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use rustix::fs::FallocateFlags;
-use vmctr_fileshare::export::host::{Config, Writes};
+use vmctr_fileshare::export::host::Writes;
 
+use super::apart::Spec;
 use super::rig::{Mounted, Place, in_private_namespace};
 use super::sys::Shared;
 
@@ -92,14 +93,12 @@ fn run(writes: Writes) {
     in_private_namespace(|| {
         let place = Place::new();
         let lower = place.folder("lower");
-        let mounted = Mounted::with(
-            &place.overlay("union", &lower),
-            Config { writes, ..Config::new(place.folder("mnt")) },
-        );
+        let (folder, mountpoint) = (place.overlay("union", &lower), place.folder("mnt"));
+        let spec = Spec { folder: &folder, mountpoint: &mountpoint, writes, layers: None };
+        let mounted = Mounted::apart(&spec);
         let count = std::cell::Cell::new(0);
-        let mut runner =
-            TestRunner::new(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(16) });
-        runner
+        let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(16) };
+        TestRunner::new(config)
             .run(&prop::collection::vec(step(), 1..60), |steps| {
                 let name = format!("file{}", count.replace(count.get() + 1));
                 let upper = place.path(&format!("union/upper/{name}"));
@@ -112,7 +111,7 @@ fn run(writes: Writes) {
                 Ok(())
             })
             .unwrap();
-        assert_eq!(mounted.unmount(), None);
+        mounted.unmount();
     });
 }
 

@@ -4,14 +4,18 @@ use std::ffi::CString;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use tempfile::TempDir;
 use vmctr_fileshare::export::guest::Server;
-use vmctr_fileshare::export::host::{Config, Export, Lost, Streams, unmount};
+use vmctr_fileshare::export::host::{Config, Export, Streams, Writes, unmount};
 use vmctr_fileshare::export::wire::stream::Stream;
+
+use super::apart::{self, Spec};
 
 /// As many relay threads as the tests use.
 const LANES: usize = 4;
@@ -80,17 +84,34 @@ pub fn mount_tmpfs(at: &Path, options: &str) {
 /// A served folder, mounted.
 pub struct Mounted {
     pub root: PathBuf,
-    export: Option<Export>,
-    serving: Vec<JoinHandle<()>>,
+    by: By,
+    ended: bool,
+}
+
+/// Who serves it.
+enum By {
+    Threads(Option<Export>, Vec<JoinHandle<()>>),
+    Process {
+        child: Child,
+        /// Kept, for the process ends with it, and waiting for a process closes its input.
+        _input: ChildStdin,
+    },
 }
 
 impl Mounted {
-    /// Serves `folder` and mounts it on `mountpoint`.
+    /// Serves `folder` from another process and mounts it on `mountpoint`.
     pub fn new(folder: &Path, mountpoint: &Path) -> Self {
-        Self::with(folder, Config::new(mountpoint.to_owned()))
+        Self::apart(&Spec { folder, mountpoint, writes: Writes::Through, layers: None })
     }
 
-    pub fn with(folder: &Path, config: Config) -> Self {
+    pub fn apart(spec: &Spec<'_>) -> Self {
+        let mut child = apart::start(spec);
+        let _input = child.stdin.take().unwrap();
+        Self { root: spec.mountpoint.to_owned(), by: By::Process { child, _input }, ended: false }
+    }
+
+    /// Serves `folder` from this process, for who wants to look into the relay.
+    pub fn within(folder: &Path, config: Config) -> Self {
         Self::serve(Server::new(folder).unwrap(), config)
     }
 
@@ -105,7 +126,7 @@ impl Mounted {
         };
         let streams = Streams { turns: (0..LANES).map(|_| stream()).collect(), waits: stream() };
         let export = Export::start(&config, streams).unwrap();
-        Self { root: config.mountpoint, export: Some(export), serving }
+        Self { root: config.mountpoint, by: By::Threads(Some(export), serving), ended: false }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -113,23 +134,54 @@ impl Mounted {
     }
 
     pub fn export(&self) -> &Export {
-        self.export.as_ref().unwrap()
+        match &self.by {
+            By::Threads(export, _) => export.as_ref().unwrap(),
+            By::Process { .. } => panic!("the relay is another process's"),
+        }
     }
 
-    /// Takes the mount away and tells why the guest was given up, if it was.
-    pub fn unmount(mut self) -> Option<Lost> {
-        unmount(&self.root, false).unwrap();
-        let lost = self.export.take().unwrap().wait();
-        self.serving.drain(..).for_each(|thread| thread.join().unwrap());
-        lost
+    /// Takes the mount away and waits for the end of who serves it.
+    pub fn unmount(mut self) {
+        take_away(&self.root);
+        self.end();
+    }
+
+    /// Waits until somebody takes the mount away.
+    pub fn wait(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        self.ended = true;
+        match &mut self.by {
+            By::Threads(export, serving) => {
+                assert_eq!(export.take().unwrap().wait(), None);
+                serving.drain(..).for_each(|thread| thread.join().unwrap());
+            }
+            By::Process { child, .. } => assert!(child.wait().unwrap().success()),
+        }
     }
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        if self.export.is_some() {
-            let _ = rustix::mount::unmount(&self.root, UnmountFlags::DETACH);
+        if self.ended {
+            return;
         }
+        let _ = rustix::mount::unmount(&self.root, UnmountFlags::DETACH);
+        if let By::Process { child, .. } = &mut self.by {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Unmounts. Another test that is just starting a process holds all descriptors for a moment.
+pub fn take_away(root: &Path) {
+    let until = Instant::now() + Duration::from_secs(5);
+    while let Err(error) = unmount(root, false) {
+        assert!(error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < until, "{error}");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

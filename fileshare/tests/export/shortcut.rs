@@ -2,11 +2,13 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use vmctr_fileshare::export::guest::{Layers, Server};
-use vmctr_fileshare::export::host::Config;
+use vmctr_fileshare::export::host::{Config, Writes};
 use vmctr_fileshare::export::wire::abi::op;
 
+use super::apart::Spec;
 use super::rig::{Mounted, Place, in_private_namespace};
 use super::sys::Shared;
 
@@ -16,21 +18,35 @@ fn content(at: usize) -> u8 {
     (at / 4096 % 251) as u8
 }
 
-fn on_layers(test: impl FnOnce(&Mounted, &Place) + Send) {
+type Serve = fn(&Place, &Path, &Path) -> Mounted;
+
+fn on_layers(serve: Serve, test: impl FnOnce(&Mounted, &Place) + Send) {
     in_private_namespace(|| {
         let place = Place::new();
         let lower = place.folder("lower");
         fs::create_dir(lower.join("dir")).unwrap();
         fs::write(lower.join("dir/big"), (0..LENGTH).map(content).collect::<Vec<_>>()).unwrap();
         let merged = place.overlay("union", &lower);
-        let layers = Layers::open(Some(&place.path("union/upper")), std::slice::from_ref(&lower)).unwrap();
-        let server = Server::new(&merged).unwrap().with_layers(layers);
-        let config = Config { layers: vec![lower.clone()], ..Config::new(place.folder("mnt")) };
-        let mounted = Mounted::serve(server, config);
+        let mounted = serve(&place, &merged, &lower);
         test(&mounted, &place);
-        assert_eq!(mounted.unmount(), None);
+        mounted.unmount();
         assert_eq!(fs::read(lower.join("dir/big")).unwrap()[..4], [0; 4]);
     });
+}
+
+/// Where the turns can be counted.
+fn within(place: &Place, merged: &Path, lower: &Path) -> Mounted {
+    let lower = lower.to_owned();
+    let layers = Layers::open(Some(&place.path("union/upper")), std::slice::from_ref(&lower)).unwrap();
+    let server = Server::new(merged).unwrap().with_layers(layers);
+    Mounted::serve(server, Config { layers: vec![lower], ..Config::new(place.folder("mnt")) })
+}
+
+/// Where the files can be mapped.
+fn apart(place: &Place, merged: &Path, lower: &Path) -> Mounted {
+    let layers = Some((place.path("union/upper"), lower.to_owned()));
+    let mountpoint = place.folder("mnt");
+    Mounted::apart(&Spec { folder: merged, mountpoint: &mountpoint, writes: Writes::Through, layers })
 }
 
 fn reads(mounted: &Mounted) -> u64 {
@@ -41,7 +57,7 @@ fn reads(mounted: &Mounted) -> u64 {
 
 #[test]
 fn a_large_lower_file_costs_one_turn() {
-    on_layers(|mounted, _| {
+    on_layers(within, |mounted, _| {
         let bytes = fs::read(mounted.path("dir/big")).unwrap();
         assert!(bytes.iter().zip(0..).all(|(byte, at)| *byte == content(at)));
         assert_eq!(bytes.len(), LENGTH);
@@ -51,7 +67,7 @@ fn a_large_lower_file_costs_one_turn() {
 
 #[test]
 fn who_reads_sees_what_others_write() {
-    on_layers(|mounted, place| {
+    on_layers(apart, |mounted, place| {
         let reading = File::open(mounted.path("dir/big")).unwrap();
         let mut bytes = [0; 4];
         reading.read_at(&mut bytes, 0).unwrap();
@@ -81,7 +97,7 @@ fn who_reads_sees_what_others_write() {
 
 #[test]
 fn truncating_by_name_is_seen_too() {
-    on_layers(|mounted, _| {
+    on_layers(within, |mounted, _| {
         let reading = File::open(mounted.path("dir/big")).unwrap();
         let mut bytes = [0; 4];
         reading.read_at(&mut bytes, 0).unwrap();
@@ -94,7 +110,7 @@ fn truncating_by_name_is_seen_too() {
 
 #[test]
 fn files_of_renamed_folders_are_read_through_the_guest() {
-    on_layers(|mounted, _| {
+    on_layers(within, |mounted, _| {
         fs::rename(mounted.path("dir"), mounted.path("moved")).unwrap();
         let bytes = fs::read(mounted.path("moved/big")).unwrap();
         assert!(bytes.iter().zip(0..).all(|(byte, at)| *byte == content(at)));
