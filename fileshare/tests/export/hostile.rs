@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vmctr_fileshare::export::host::{Config, Export, Lost, Streams};
+use vmctr_fileshare::export::host::{Config, Export, Lost, StartError, Streams};
 use vmctr_fileshare::export::wire::abi::{
     Attr, Entry, IN_HEADER, InHeader, MAX_MESSAGE, OUT_HEADER, OutHeader, is_silent, op,
 };
@@ -424,5 +424,48 @@ fn locks_that_nobody_answers_can_be_interrupted() {
         child.wait().unwrap();
         assert!(started.elapsed() < Duration::from_secs(5));
         victim.assert_usable();
+    });
+}
+
+#[test]
+fn a_guest_that_says_no_hello_is_not_mounted() {
+    in_private_namespace(|| {
+        let place = Place::new();
+        let (one, _silent) = Stream::pair().unwrap();
+        let (other, _too) = Stream::pair().unwrap();
+        let config = Config { patience: Duration::from_millis(300), ..Config::new(place.folder("mnt")) };
+        let started = Instant::now();
+        let error = Export::start(&config, Streams { turns: vec![one], waits: other }).unwrap_err();
+        assert!(matches!(error, StartError::Hello(_)), "{error:?}");
+        assert!(started.elapsed() < Duration::from_secs(5));
+        let mounts = fs::read_to_string("/proc/thread-self/mounts").unwrap();
+        assert!(!mounts.contains(config.mountpoint.to_str().unwrap()));
+    });
+}
+
+#[test]
+fn a_guest_that_reads_nothing_hangs_nobody() {
+    in_private_namespace(|| {
+        let place = Place::new();
+        let root = place.folder("mnt");
+        let mut kept = Vec::new();
+        let mut stream = || {
+            let (ours, theirs) = Stream::pair().unwrap();
+            // Says hello, and nothing more.
+            kept.push(std::thread::spawn(move || {
+                Hello::hear(&theirs).unwrap().welcome(&theirs, u64::MAX).unwrap();
+                theirs
+            }));
+            ours
+        };
+        let streams = Streams { turns: vec![stream()], waits: stream() };
+        let config = Config { patience: Duration::from_millis(500), ..Config::new(root.clone()) };
+        let export = Export::start(&config, streams).unwrap();
+        let started = Instant::now();
+        eio(rustix::fs::statvfs(&root).map_err(io::Error::from));
+        assert!(started.elapsed() < Duration::from_secs(5));
+        take_away(&root);
+        assert!(matches!(export.wait(), Some(Lost::Silent(_))));
+        drop(kept);
     });
 }

@@ -54,6 +54,9 @@ pub enum StartError {
     /// A layer's folder is missing.
     #[error("Cannot open a lower layer's folder")]
     Layers(#[source] io::Error),
+    /// A stream is no stream.
+    #[error("Cannot use a stream to the guest")]
+    Stream(#[source] io::Error),
     /// The guest does not play.
     #[error("Cannot agree with the guest on the export")]
     Hello(#[source] HelloError),
@@ -90,7 +93,7 @@ impl Export {
     pub fn start(config: &Config, streams: Streams) -> Result<Self, StartError> {
         check_config(config, &streams)?;
         let shortcut = Shortcut::open(&config.layers).map_err(StartError::Layers)?;
-        let features = greet(config, &streams).map_err(StartError::Hello)?;
+        let features = greet(config, &streams)?;
         let apart = Apart::make(config).map_err(StartError::Mount)?;
         let features = init(&apart.device, features)?;
         let shared = Arc::new(Shared::new(config, open_flags(config), shortcut, streams));
@@ -178,11 +181,17 @@ fn check_config(config: &Config, streams: &Streams) -> Result<(), StartError> {
 }
 
 /// Says hello on all streams; what all agreed to.
-fn greet(config: &Config, streams: &Streams) -> Result<u64, HelloError> {
+fn greet(config: &Config, streams: &Streams) -> Result<u64, StartError> {
     let hello = Hello { version: VERSION, lane: Kind::Turns, features: asked(config), export: config.export };
-    let mut features = (Hello { lane: Kind::Waits, ..hello }).greet(&streams.waits)?;
-    for stream in &streams.turns {
-        features &= hello.greet(stream)?;
+    let waits = Hello { lane: Kind::Waits, ..hello };
+    let all = std::iter::once((&waits, &streams.waits)).chain(streams.turns.iter().map(|one| (&hello, one)));
+    let mut features = hello.features;
+    for (hello, stream) in all {
+        let limit = Some(config.patience);
+        stream.set_limits(limit, limit).map_err(StartError::Stream)?;
+        features &= hello.greet(stream).map_err(StartError::Hello)?;
+        // How long an answer may take is watched from outside: some may take longer.
+        stream.set_limits(None, limit).map_err(StartError::Stream)?;
     }
     Ok(features)
 }

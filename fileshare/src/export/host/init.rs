@@ -9,8 +9,7 @@ use super::config::{Cache, Config, Writes};
 const MAJOR: u32 = 7;
 const MINOR: u32 = 40;
 
-/// The oldest kernel that can: writing of 1 MiB, the longer INIT, and clearing of set-ID bits by the server
-/// (Linux 5.11).
+/// The oldest kernel that can: clearing of set-ID bits by the server, longer SETXATTR (Linux 5.13).
 const OLDEST_MINOR: u32 = 33;
 
 /// Without these nothing is right.
@@ -19,11 +18,12 @@ const NEEDED: u64 = feature::ATOMIC_O_TRUNC
     | feature::DO_READDIRPLUS
     | feature::MAX_PAGES
     | feature::HANDLE_KILLPRIV_V2
+    | feature::SETXATTR_EXT
     | feature::POSIX_LOCKS
     | feature::FLOCK_LOCKS;
 
-/// ACLs need their three parts together.
-const ACL: u64 = feature::POSIX_ACL | feature::DONT_MASK | feature::SETXATTR_EXT;
+/// ACLs need both parts: with them, the server applies the umask.
+const ACL: u64 = feature::POSIX_ACL | feature::DONT_MASK;
 
 /// What we make use of when it is there.
 const WANTED: u64 = NEEDED
@@ -51,7 +51,7 @@ pub enum InitError {
     #[error("The kernel's first request is no INIT")]
     Malformed(#[source] Malformed),
     /// Too old a kernel.
-    #[error("The kernel speaks FUSE {MAJOR}.{0}; exports need {MAJOR}.{OLDEST_MINOR}, which is Linux 5.11")]
+    #[error("The kernel speaks FUSE {MAJOR}.{0}; exports need {MAJOR}.{OLDEST_MINOR}, which is Linux 5.13")]
     Old(u32),
     /// A feature is missing on one side.
     #[error("The {side} lacks FUSE features {missing:#x}, which exports need")]
@@ -151,7 +151,7 @@ mod tests {
 
     #[test]
     fn acls_come_whole_or_not_at_all() {
-        let kernel = Offer::parse(&offer(!feature::SETXATTR_EXT)).unwrap();
+        let kernel = Offer::parse(&offer(!feature::DONT_MASK)).unwrap();
         assert_eq!(kernel.agree(u64::MAX).unwrap() & ACL, 0);
     }
 

@@ -122,7 +122,9 @@ impl Shortcut {
             return Err(io::Error::other("another file"));
         }
         let magic = format!("/proc/self/fd/{}", found.as_raw_fd());
-        Ok(rustix::fs::open(magic, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOATIME, Mode::empty())?)
+        let open = |flags| rustix::fs::open(&magic, OFlags::RDONLY | OFlags::CLOEXEC | flags, Mode::empty());
+        // An overlay leaves its lower files' access times alone; that takes owning them.
+        Ok(open(OFlags::NOATIME).or_else(|_| open(OFlags::empty()))?)
     }
 
     /// Reads, unless the file may have been changed.

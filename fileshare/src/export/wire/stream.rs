@@ -5,8 +5,10 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SendFlags, Shutdown, SocketFlags, SocketType};
 
 /// What a small read takes at once. Most messages are shorter, and then come with one system call.
@@ -60,6 +62,17 @@ impl Stream {
         let (one, other) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
         Ok((Self(one), Self(other)))
+    }
+
+    /// Makes the stream wait, whoever had it before, and for how long at most: writing without limit would be as
+    /// much a hang as reading. `None` is without limit.
+    ///
+    /// # Errors
+    /// It is no socket.
+    pub fn set_limits(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()> {
+        rustix::io::ioctl_fionbio(&self.0, false)?;
+        set_socket_timeout(&self.0, Timeout::Recv, read)?;
+        Ok(set_socket_timeout(&self.0, Timeout::Send, write)?)
     }
 
     /// Writes all of `bytes`.
