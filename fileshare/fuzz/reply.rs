@@ -27,7 +27,7 @@ pub fn run(input: &[u8]) {
     match opcode {
         _ if failed => {}
         op::READ | op::READDIR | op::READDIRPLUS => assert!(body.len() as u64 <= size),
-        op::MKDIR => assert_eq!(entry(body).attr.mode & 0o170_000, 0o040_000),
+        op::MKDIR => assert_eq!(entry(&body[..ENTRY_OUT]).attr.mode & 0o170_000, 0o040_000),
         op::LOOKUP => assert!(entry(body).nodeid != 1 && entry(body).attr.size <= i64::MAX as u64),
         _ => {}
     }

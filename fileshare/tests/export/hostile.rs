@@ -242,11 +242,17 @@ fn impossible_files_are_eio() {
 
 #[test]
 fn another_type_than_was_made_is_eio() {
-    under(instead(op::MKDIR, entry(7, libc::S_IFREG)), |victim| {
+    let made = |kind| {
+        let mut body = entry(7, kind);
+        attr(libc::S_IFDIR).put(&mut body);
+        body
+    };
+    under(instead(op::MKDIR, made(libc::S_IFDIR)), |victim| fs::create_dir(victim.path("dir")).unwrap());
+    under(instead(op::MKDIR, made(libc::S_IFREG)), |victim| {
         eio(fs::create_dir(victim.path("dir")));
         victim.assert_usable();
     });
-    under(instead(op::SYMLINK, entry(7, libc::S_IFCHR)), |victim| {
+    under(instead(op::SYMLINK, made(libc::S_IFCHR)), |victim| {
         eio(std::os::unix::fs::symlink("x", victim.path("sym")));
         victim.assert_usable();
     });

@@ -84,6 +84,7 @@ impl Server {
         }
         let (node, attr) = self.look(&parent, name)?;
         answer.entry(node.id, attr);
+        parent.attr()?.put(answer);
         Ok(())
     }
 
@@ -94,6 +95,7 @@ impl Server {
         let parent = self.nodes.find(request.header.nodeid)?;
         rustix::fs::linkat(CWD, magic(&*old), &*parent, name, AtFlags::SYMLINK_FOLLOW)?;
         answer.entry(old.id, self.nodes.again(&old)?);
+        parent.attr()?.put(answer);
         Ok(())
     }
 
@@ -105,21 +107,36 @@ impl Server {
         Ok(())
     }
 
-    pub(super) fn unlink(&self, request: &mut Request<'_>, flags: AtFlags) -> Result<(), Failure> {
+    pub(super) fn unlink(
+        &self,
+        request: &mut Request<'_>,
+        answer: &mut Answer,
+        flags: AtFlags,
+    ) -> Result<(), Failure> {
         let name = request.body.name()?;
         request.body.end()?;
         let parent = self.nodes.find(request.header.nodeid)?;
-        Ok(rustix::fs::unlinkat(&*parent, name, flags)?)
+        rustix::fs::unlinkat(&*parent, name, flags)?;
+        parent.attr()?.put(answer);
+        Ok(())
     }
 
-    pub(super) fn rename(&self, request: &mut Request<'_>, with_flags: bool) -> Result<(), Failure> {
+    pub(super) fn rename(
+        &self,
+        request: &mut Request<'_>,
+        answer: &mut Answer,
+        with_flags: bool,
+    ) -> Result<(), Failure> {
         let to = self.nodes.find(request.body.u64()?)?;
         let flags = if with_flags { request.body.u64()? } else { 0 };
         let flags = RenameFlags::from_bits(flags as u32).ok_or(Errno::INVAL)?;
         let (old, new) = (request.body.name()?, request.body.name()?);
         request.body.end()?;
         let from = self.nodes.find(request.header.nodeid)?;
-        Ok(rustix::fs::renameat_with(&*from, old, &*to, new, flags)?)
+        rustix::fs::renameat_with(&*from, old, &*to, new, flags)?;
+        to.attr()?.put(answer);
+        from.attr()?.put(answer);
+        Ok(())
     }
 
     pub(super) fn open(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
@@ -165,17 +182,18 @@ impl Server {
         let asked = OFlags::from_bits_retain(flags);
         let how = (self.passed(asked) | OFlags::CREATE | OFlags::EXCL, mode, umask);
         match make_file(&request.caller, &parent, name, how) {
-            Ok(file) => self.answer_opened(file, asked, answer),
+            Ok(file) => self.answer_opened(file, asked, answer)?,
             // Somebody else was first: then it is an open.
             Err(Errno::EXIST) if !asked.contains(OFlags::EXCL) => {
                 let (node, attr) = self.look(&parent, name)?;
                 answer.entry(node.id, attr);
                 let opened = self.open_node(&request.caller, Arc::clone(&node), (flags, open_flags));
                 answer.open(opened.inspect_err(|_| self.nodes.forget(node.id, 1))?);
-                Ok(())
             }
-            Err(errno) => Err(errno.into()),
+            Err(errno) => return Err(errno.into()),
         }
+        parent.attr()?.put(answer);
+        Ok(())
     }
 
     pub(super) fn tmpfile(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {

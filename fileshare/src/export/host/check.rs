@@ -12,7 +12,7 @@ use super::config::{Cache, Config};
 use super::question::{Question, put_u64_at};
 use crate::export::wire::abi::{
     ATTR, ATTR_OUT, Attr, DIRENT, ENTRY_OUT, Entry, NAME_MAX, OPEN_OUT, OUT_HEADER, OutHeader, ROOT_ID,
-    dirent_len, op,
+    dirent_len, folders_after, op,
 };
 use crate::export::wire::codec::{Malformed, Put, Take, check_name};
 
@@ -79,7 +79,11 @@ pub fn check(question: &Question, message: &mut [u8], remember: Remember) -> Res
     }
     let body = &mut message[OUT_HEADER..];
     match header.error {
-        0 => check_body(question, body, remember),
+        0 => {
+            let (body, folders) = split_folders(question.opcode, body)?;
+            folders.chunks_exact(ATTR).try_for_each(folder)?;
+            check_body(question, body, remember)
+        }
         error if !(-LAST_ERRNO..=0).contains(&error) => Err(Malformed("an error that is none")),
         error if -error == libc::ENOSYS => Err(Malformed("not knowing a request that was agreed on")),
         _ if body.is_empty() => Ok(()),
@@ -114,6 +118,18 @@ fn check_body(question: &Question, body: &mut [u8], remember: Remember) -> Resul
         op::LSEEK => offset(body),
         _ => exactly(body, 0),
     }
+}
+
+/// Parts the kernel's answer from the attributes of folders that follow it.
+fn split_folders(opcode: u32, body: &mut [u8]) -> Result<(&mut [u8], &mut [u8]), Malformed> {
+    let at = body.len().checked_sub(folders_after(opcode) * ATTR);
+    Ok(body.split_at_mut(at.ok_or(Malformed("no attributes of the folder that was changed"))?))
+}
+
+fn folder(attr: &[u8]) -> Result<(), Malformed> {
+    let attr = Attr::take(&mut Take::new(attr))?;
+    check_attr(&attr)?;
+    if attr.kind() == libc::S_IFDIR { Ok(()) } else { Err(Malformed("a change in what is no folder")) }
 }
 
 fn exactly(body: &[u8], length: usize) -> Result<(), Malformed> {

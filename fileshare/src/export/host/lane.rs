@@ -16,7 +16,9 @@ use super::device::{Device, Gone};
 use super::question::{changes, handle_places, is_served, opens_to_write, put_u64_at, u32_at, u64_at};
 use super::shared::Shared;
 use super::talk::{Errno, Talk, message};
-use crate::export::wire::abi::{ATTR, ENTRY_OUT, IN_HEADER, InHeader, MAX_MESSAGE, OUT_HEADER, flag, op};
+use crate::export::wire::abi::{
+    ATTR, ENTRY_OUT, IN_HEADER, InHeader, MAX_MESSAGE, OUT_HEADER, flag, folders_after, op,
+};
 use crate::export::wire::codec::{Put, Take};
 
 /// A relay thread's own.
@@ -95,7 +97,8 @@ impl Lane {
         let before = shared.changes();
         let answer = self.talk.ask(message);
         note();
-        let answer = answer?;
+        let (answer, folders) = part(header.opcode, answer?);
+        keep_folders(&shared, header, &message[IN_HEADER..], folders, before + 1);
         match header.opcode {
             op::LOOKUP => keep_entry(&shared, answer, before),
             op::GETATTR => shared.keep_attr(header.nodeid, &answer[OUT_HEADER + 16..], before),
@@ -202,6 +205,26 @@ impl Lane {
         if !shared.is_lost() && !shared.is_in_turn(unique) {
             shared.waits.interrupt(shared, unique);
         }
+    }
+}
+
+/// Parts an answer that was checked into the kernel's and the attributes of folders that follow.
+fn part(opcode: u32, answer: &mut [u8]) -> (&mut [u8], &[u8]) {
+    let length = answer.len().saturating_sub(folders_after(opcode) * ATTR);
+    let (answer, folders) = answer.split_at_mut(length);
+    answer[..4].copy_from_slice(&(length as u32).to_le_bytes());
+    (answer, folders)
+}
+
+/// Keeps the attributes of folders that a request changed. They hold if it was the only change: if since the guest
+/// was asked there was none but the one that is counted when it has answered.
+fn keep_folders(shared: &Shared, header: &InHeader, body: &[u8], folders: &[u8], changes: u64) {
+    let nodes = match header.opcode {
+        op::RENAME | op::RENAME2 => [u64_at(body, 0), header.nodeid],
+        _ => [header.nodeid; 2],
+    };
+    for (node, attr) in nodes.into_iter().zip(folders.chunks_exact(ATTR)) {
+        shared.keep_attr(node, attr, changes);
     }
 }
 

@@ -67,6 +67,16 @@ pub fn is_silent(opcode: u32) -> bool {
     matches!(opcode, op::FORGET | op::BATCH_FORGET | op::RELEASE | op::RELEASEDIR | op::INTERRUPT)
 }
 
+/// How many folders' attributes follow the kernel's answer: those that the request changed, as they are now, which
+/// the kernel asks for next. A rename's are the new folder's, then the old one's.
+pub fn folders_after(opcode: u32) -> usize {
+    match opcode {
+        op::MKNOD | op::MKDIR | op::SYMLINK | op::LINK | op::CREATE | op::UNLINK | op::RMDIR => 1,
+        op::RENAME | op::RENAME2 => 2,
+        _ => 0,
+    }
+}
+
 /// Features that kernel and server agree on in INIT.
 #[allow(missing_docs)] // The names are the kernel's.
 pub mod feature {
