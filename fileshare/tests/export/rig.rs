@@ -64,6 +64,17 @@ impl Place {
     }
 }
 
+impl Drop for Place {
+    /// What is still mounted there could not be removed.
+    fn drop(&mut self) {
+        let mounts = fs::read_to_string("/proc/thread-self/mounts").unwrap_or_default();
+        let below = |line: &str| line.split(' ').nth(1).map(PathBuf::from);
+        for mount in mounts.lines().rev().filter_map(below).filter(|path| path.starts_with(self.dir.path())) {
+            let _ = rustix::mount::unmount(&mount, UnmountFlags::DETACH);
+        }
+    }
+}
+
 pub fn mount_overlay(merged: &Path, lower: &Path, upper: &Path, work: &Path) {
     let options = format!(
         "lowerdir={},upperdir={},workdir={},redirect_dir=on,index=on,metacopy=off",
