@@ -8,6 +8,7 @@
 //!               devices     waits for the vsock device, which a VM from a template gets after its start
 //!               identity    makes randomness and clock this VM's own
 //!               guest       the actor: sole owner of containers, processes, events; reaps
+//!               exports     overlays of the share, served to the host on vsock EXPORT
 //!               stdio       raw streams on vsock STDIO, one copying thread per stream
 //!               └─ vmctr-agent runtime create|exec ... (short-lived, single-threaded)
 //!                     rootfs   overlay or bind mount of the container's root
@@ -20,6 +21,7 @@
 mod boot;
 mod cgroup;
 mod devices;
+mod exports;
 mod guest;
 mod identity;
 mod ids;

@@ -6,6 +6,7 @@
 mod create;
 mod delete;
 mod exec;
+mod export;
 mod freeze;
 mod inspect;
 mod rehearse;
@@ -21,11 +22,12 @@ use std::io;
 use tonic::{Code, Status};
 
 use crate::guest::{AdoptError, HelperError, LookupError, WatchError, WrongState};
-use crate::{cgroup, ids, rootfs, spec, stdio};
+use crate::{cgroup, exports, ids, rootfs, spec, stdio};
 
 pub use create::create;
 pub use delete::delete;
 pub use exec::register;
+pub use export::export;
 pub use freeze::{freeze, thaw};
 pub use inspect::{pids, stats};
 pub use rehearse::rehearse;
@@ -64,6 +66,8 @@ pub enum Error {
     Io(String, #[source] io::Error),
     #[error(transparent)]
     Watch(#[from] WatchError),
+    #[error(transparent)]
+    Export(#[from] exports::Error),
     #[error("marking the container as running")]
     Mark(#[source] libcontainer::error::LibcontainerError),
 }
@@ -74,7 +78,9 @@ impl Error {
     fn code(&self) -> Code {
         match self {
             Self::Lookup(LookupError::Missing(_)) => Code::NotFound,
-            Self::Lookup(LookupError::Exists(_)) => Code::AlreadyExists,
+            Self::Lookup(LookupError::Exists(_)) | Self::Export(exports::Error::Exists(_)) => {
+                Code::AlreadyExists
+            }
             Self::Name(_) | Self::Spec(_) | Self::Root(_) | Self::Argument(_) => Code::InvalidArgument,
             Self::Helper(HelperError::Program(_)) => Code::InvalidArgument,
             Self::State { .. } | Self::Busy { .. } => Code::FailedPrecondition,
