@@ -271,10 +271,20 @@ fn forward_log(stderr: ChildStderr) -> io::Result<()> {
         // The end of the stream is the end of the daemon, which is watched elsewhere.
         while let Ok(1..) = (&mut lines).take(LINE_LIMIT).read_until(b'\n', &mut line) {
             if rate.admit(Instant::now()).is_some() {
-                warn!(target: "fsd", "{}", String::from_utf8_lossy(&line).trim());
+                log_line(String::from_utf8_lossy(&line).trim());
             }
             line.clear();
         }
     };
     thread::Builder::new().name("fsd-log".to_owned()).spawn(forward).map(drop)
+}
+
+/// The daemon writes the level first.
+fn log_line(line: &str) {
+    match line.split_once(' ') {
+        Some(("INFO" | "DEBUG" | "TRACE", text)) => info!(target: "fsd", "{text}"),
+        Some(("ERROR", text)) => error!(target: "fsd", "{text}"),
+        Some(("WARN", text)) => warn!(target: "fsd", "{text}"),
+        _ => warn!(target: "fsd", "{line}"),
+    }
 }

@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use super::check::Plan;
 
 /// A union that was unmounted a moment ago still writes its changes to disk.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(3);
 const POLL: Duration = Duration::from_millis(50);
 
 /// The folders of a union, locked.

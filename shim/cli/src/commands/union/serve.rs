@@ -13,7 +13,7 @@
 
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -26,7 +26,7 @@ use tracing::{error, info, warn};
 use vmctr_fileshare::export::host::{Config as MountConfig, Export, Streams, unmount};
 use vmctr_vmm::config::Config;
 use vmctr_vmm::error_chain;
-use vmctr_vmm::run_dir::{Role, RunDir};
+use vmctr_vmm::run_dir::RunDir;
 
 use super::check::Plan;
 use super::helper::Helper;
@@ -52,7 +52,7 @@ struct Union {
     export: Export,
     helper: Helper,
     run_dir: RunDir,
-    mountpoint: std::path::PathBuf,
+    mountpoint: PathBuf,
     terminate: Signal,
     _locks: Locks,
 }
@@ -100,7 +100,7 @@ async fn start_in(config: &Config, plan: &Plan, run_dir: &RunDir) -> anyhow::Res
     log_to(&record::log(run_dir.path())).context("Cannot write the log")?;
     record::write(run_dir.path(), plan).context("Cannot write down what the union is")?;
     let helper = Helper::start(config, plan.share(), run_dir).await?;
-    match mount(&helper, plan, run_dir).await {
+    match mount(&helper, plan).await {
         Ok(export) => Ok((helper, export)),
         Err(error) => {
             helper.stop().await;
@@ -109,10 +109,7 @@ async fn start_in(config: &Config, plan: &Plan, run_dir: &RunDir) -> anyhow::Res
     }
 }
 
-async fn mount(helper: &Helper, plan: &Plan, run_dir: &RunDir) -> anyhow::Result<Export> {
-    if !run_dir.meta().processes.iter().any(|process| process.role == Role::Qemu) {
-        run_dir.record(Role::Qemu, helper.vm().qemu_pid())?;
-    }
+async fn mount(helper: &Helper, plan: &Plan) -> anyhow::Result<Export> {
     helper.export(plan, EXPORT).await?;
     let mut turns = Vec::new();
     for _ in 0..LANES {
