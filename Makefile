@@ -8,6 +8,8 @@ export PATH := $(HOME)/.cargo/bin:$(PATH)
 
 bin := $(DESTDIR)$(PREFIX)/bin
 libexec := $(DESTDIR)$(PREFIX)/libexec/vmctr
+# mount(8) looks for its helpers there and nowhere else.
+sbin := $(DESTDIR)/sbin
 guest := $(DESTDIR)$(PREFIX)/share/vmctr/guest
 
 bin_programs := vmctr containerd-shim-vmctr-v2
@@ -34,13 +36,14 @@ bench: ## Measure starts, streams, files and memory, under vmctr and under runc 
 	scripts/bench
 
 install: ## Install what `make build` made to $(DESTDIR)$(PREFIX)
-	install -d $(bin) $(libexec) $(guest)
+	install -d $(bin) $(libexec) $(guest) $(sbin)
 	install -m 755 $(addprefix target/release/,$(bin_programs)) $(bin)
 	install -m 755 $(addprefix target/release/,$(libexec_programs)) $(libexec)
+	ln -sfn $(PREFIX)/bin/vmctr $(sbin)/mount.fuse.vmctr
 	install -m 644 $(addprefix target/guest/,$(guest_files)) $(guest)
 
 uninstall: ## Remove what `make install` installed
-	rm -f $(addprefix $(bin)/,$(bin_programs))
+	rm -f $(addprefix $(bin)/,$(bin_programs)) $(sbin)/mount.fuse.vmctr
 	rm -rf $(libexec) $(DESTDIR)$(PREFIX)/share/vmctr
 
 clean: ## Remove what was built; downloads stay in the cache

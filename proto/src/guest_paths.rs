@@ -5,3 +5,15 @@ pub const SHARE_DIR: &str = "/run/vmctr/share";
 
 /// virtiofs tag of the share.
 pub const SHARE_TAG: &str = "vmctr";
+
+/// Name of the upper folder in the share.
+pub const UPPER: &str = "upper";
+
+/// Name of the work folder in the share.
+pub const WORK: &str = "work";
+
+/// Name of a lower folder in the share; 0 is the topmost.
+#[must_use]
+pub fn lower(index: usize) -> String {
+    format!("lower/{index}")
+}

@@ -9,3 +9,6 @@ pub const STDIO: u32 = 1025;
 
 /// Host port that the agent connects to, once, when it serves [`AGENT`] and [`STDIO`].
 pub const READY: u32 = 1026;
+
+/// Guest port of exports' streams: each begins with the export's hello, which names the export.
+pub const EXPORT: u32 = 1027;

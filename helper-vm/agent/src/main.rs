@@ -9,6 +9,7 @@
 //!               identity    makes randomness and clock this VM's own
 //!               guest       the actor: sole owner of containers, processes, events; reaps
 //!               archive     a guest-side upper folder as a tar stream
+//!               exports     overlays of the share, served to the host on vsock EXPORT
 //!               stdio       raw streams on vsock STDIO, one copying thread per stream
 //!               └─ vmctr-agent runtime create|exec ... (short-lived, single-threaded)
 //!                     rootfs   overlay or bind mount of the container's root
@@ -22,6 +23,7 @@ mod archive;
 mod boot;
 mod cgroup;
 mod devices;
+mod exports;
 mod guest;
 mod identity;
 mod ids;

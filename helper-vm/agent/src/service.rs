@@ -11,14 +11,15 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 use vmctr_proto::agent::agent_server::{Agent, AgentServer};
 use vmctr_proto::agent::{
-    ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, EventsRequest, HelloReply,
-    HelloRequest, MountShareRequest, PidsReply, ProcessRef, ResizePtyRequest, SignalRequest, StartReply,
-    StatsReply, UpdateRequest, UpperChunk,
+    ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, EventsRequest, ExportRequest,
+    HelloReply, HelloRequest, MountShareRequest, PidsReply, ProcessRef, ResizePtyRequest, SignalRequest,
+    StartReply, StatsReply, UpdateRequest, UpperChunk,
 };
 use vmctr_proto::{PROTOCOL_VERSION, PROTOCOL_VERSION_MIN, negotiate, ports};
 
 use crate::boot::console;
 use crate::devices;
+use crate::exports::Exports;
 use crate::guest::{self, Handle};
 use crate::identity;
 use crate::stdio::accept::accept;
@@ -33,6 +34,7 @@ const READY_TIME: Duration = Duration::from_secs(10);
 
 struct Service {
     guest: Handle,
+    exports: Exports,
 }
 
 /// Serves until the guest ends.
@@ -42,7 +44,8 @@ pub fn serve() -> anyhow::Result<()> {
         let (guest, actor) = guest::start().context("starting the actor")?;
         let agent = listen(ports::AGENT)?;
         tokio::spawn(accept(listen(ports::STDIO)?, guest.clone()));
-        let service = AgentServer::new(Service { guest });
+        let exports = Exports::listen().with_context(|| format!("vsock port {}", ports::EXPORT))?;
+        let service = AgentServer::new(Service { guest, exports });
         let server =
             tokio::spawn(Server::builder().add_service(service).serve_with_incoming(agent.incoming()));
         console::info(concat!("version ", env!("CARGO_PKG_VERSION"), " serves"));
@@ -197,6 +200,10 @@ impl Agent for Service {
 
     async fn flush(&self, _: Request<Empty>) -> Result<Response<Empty>, Status> {
         done(verbs::flush(self.guest.clone())).await
+    }
+
+    async fn export(&self, request: Request<ExportRequest>) -> Result<Response<Empty>, Status> {
+        done(verbs::export(self.exports.clone(), request.into_inner())).await
     }
 }
 

@@ -18,6 +18,7 @@ pub mod jail;
 mod lines;
 mod log_rate;
 mod memory;
+pub mod origin;
 pub mod pool;
 pub mod qemu;
 mod qmp;

@@ -93,6 +93,58 @@ pub enum Verb {
     /// Keep VMs that wait for containers, or list them
     #[command(subcommand)]
     Pool(PoolVerb),
+    /// Mount unions of folders, made by a helper VM: this host's kernel needs FUSE only
+    #[command(subcommand)]
+    Union(UnionVerb),
+}
+
+/// Verbs of `vmctr union`.
+#[derive(Debug, Subcommand)]
+pub enum UnionVerb {
+    /// Mount a union of folders
+    ///
+    /// Returns when the mount is usable; a background process keeps it until it is unmounted, by `vmctr union
+    /// umount` or umount(8). Also as `mount -t fuse.vmctr vmctr MOUNTPOINT -o OPTIONS` and in fstab.
+    Mount(UnionMount),
+    /// Unmount a union, or remove what is left of one whose process was killed
+    ///
+    /// Returns when all changes are on disk and the VM has ended. Exits 127 when there is no union.
+    Umount(UnionUmount),
+    /// List the unions, also those of which only something is left
+    Ls,
+    /// Show a union: folders, options, processes, log
+    Inspect {
+        /// Where it is mounted
+        #[arg(value_name = "MOUNTPOINT")]
+        mountpoint: PathBuf,
+    },
+    /// What `mount` starts in the background
+    #[command(hide = true)]
+    Serve,
+}
+
+/// Arguments of `vmctr union mount`.
+#[derive(Args, Debug)]
+pub struct UnionMount {
+    /// lowerdir=A[:B...], from the top, up to 500; upperdir=U,workdir=W, without which the union is read-only;
+    /// ro, noexec, suid, dev, noatime, ... as mount(8) has them; nopassthrough: read large lower files through the
+    /// VM. A backslash protects a colon or comma
+    #[arg(short = 'o', long = "options", value_name = "OPTIONS", required = true, action = clap::ArgAction::Append)]
+    pub options: Vec<String>,
+    /// An empty folder
+    #[arg(value_name = "MOUNTPOINT")]
+    pub mountpoint: PathBuf,
+}
+
+/// Arguments of `vmctr union umount`.
+#[derive(Args, Debug)]
+pub struct UnionUmount {
+    /// Take it away now, and end it when nobody uses it any more
+    #[arg(short, long)]
+    pub lazy: bool,
+    /// Where it is mounted
+    #[arg(value_name = "MOUNTPOINT")]
+    pub mountpoint: PathBuf,
 }
 
 /// Verbs of `vmctr pool`.
@@ -327,6 +379,15 @@ mod tests {
         assert!(Cli::try_parse_from(["vmctr", "--json", "doctor"]).unwrap().globals.json);
         assert!(Cli::try_parse_from(["vmctr", "doctor", "--json"]).unwrap().globals.json);
         assert!(!Cli::try_parse_from(["vmctr", "doctor"]).unwrap().globals.json);
+    }
+
+    #[test]
+    fn a_unions_options_add_up() {
+        let args = ["vmctr", "union", "mount", "-o", "lowerdir=/a", "-o", "ro", "/mnt"];
+        let Verb::Union(UnionVerb::Mount(mount)) = Cli::try_parse_from(args).unwrap().verb else {
+            panic!("another verb");
+        };
+        assert_eq!(mount.options, ["lowerdir=/a", "ro"]);
     }
 
     #[test]

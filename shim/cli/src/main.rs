@@ -10,6 +10,8 @@
 //!   output.rs    tables and JSON
 //! ```
 //!
+//! Called as `mount.fuse.vmctr` it is the helper of mount(8) for unions.
+//!
 //! A verb prints its answer to stdout and returns a verdict; an error becomes one line on stderr.
 
 mod cli;
@@ -24,6 +26,7 @@ mod source;
 mod vms;
 
 use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -32,13 +35,25 @@ use tracing_subscriber::EnvFilter;
 use crate::cli::Cli;
 use crate::failure::Exit;
 
+/// Under this name mount(8) calls the program.
+const MOUNT_HELPER: &str = "mount.fuse.vmctr";
+
 fn main() -> ExitCode {
+    let mut args = std::env::args_os();
+    let name = args.next().map(PathBuf::from);
+    if name.as_deref().and_then(Path::file_name).is_some_and(|name| name == MOUNT_HELPER) {
+        return finish(commands::mount_helper(args));
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(answer) => return not_parsed(&answer),
     };
     log_to_stderr();
-    match block_on(commands::run(cli)) {
+    finish(block_on(commands::run(cli)))
+}
+
+fn finish(outcome: failure::Outcome) -> ExitCode {
+    match outcome {
         Ok(verdict) => verdict.into(),
         Err(failure) => {
             eprintln!("{failure}");

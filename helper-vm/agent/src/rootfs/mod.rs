@@ -21,8 +21,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind_recursive, mount
 use rustix::process::chdir;
 use vmctr_proto::guest_paths::SHARE_DIR;
 
-use plan::Upper;
-pub use plan::{PlanError, RootPlan};
+pub use plan::{Form, PlanError, RootPlan, Upper};
 
 /// Name of the root inside the container's directory.
 pub const ROOTFS: &str = "rootfs";
@@ -44,9 +43,9 @@ fn step<T, E: Into<io::Error>>(what: &'static str, path: &Path, result: Result<T
     result.map_err(|error| Error::Step { what, path: path.to_owned(), source: error.into() })
 }
 
-/// Builds the root in the container's directory. Changes the working directory: for a short-lived,
-/// single-threaded process only.
-pub fn build(plan: &RootPlan, dir: &Path) -> Result<(), Error> {
+/// Builds the root in the container's directory. Changes the working directory: for a short-lived process, or a
+/// thread with a working directory of its own.
+pub fn build(plan: &RootPlan, form: Form, dir: &Path) -> Result<(), Error> {
     let rootfs = dir.join(ROOTFS);
     step("creating", &rootfs, fs::create_dir(&rootfs))?;
     match plan {
@@ -55,7 +54,7 @@ pub fn build(plan: &RootPlan, dir: &Path) -> Result<(), Error> {
         RootPlan::Overlay { lowers, upper: Upper::None } if lowers.len() == 1 => {
             bind(&in_share(&lowers[0])?, &rootfs, true)
         }
-        RootPlan::Overlay { lowers, upper } => overlay(lowers, upper, dir, &rootfs),
+        RootPlan::Overlay { lowers, upper } => overlay(lowers, upper, form, dir, &rootfs),
     }
 }
 
@@ -83,7 +82,8 @@ pub fn guest_upper(dir: &Path) -> Option<PathBuf> {
     upper.is_dir().then_some(upper)
 }
 
-fn in_share(folder: &Path) -> Result<PathBuf, Error> {
+/// A folder of the share.
+pub fn in_share(folder: &Path) -> Result<PathBuf, Error> {
     let path = Path::new(SHARE_DIR).join(folder);
     if path.is_dir() { Ok(path) } else { Err(Error::Missing { path: folder.to_owned() }) }
 }
@@ -97,7 +97,7 @@ fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), Error> {
     Ok(())
 }
 
-fn overlay(lowers: &[PathBuf], upper: &Upper, dir: &Path, rootfs: &Path) -> Result<(), Error> {
+fn overlay(lowers: &[PathBuf], upper: &Upper, form: Form, dir: &Path, rootfs: &Path) -> Result<(), Error> {
     let layers = dir.join(LAYERS);
     step("creating", &layers, fs::create_dir(&layers))?;
     let link = |name: &str, target: PathBuf| {
@@ -115,7 +115,7 @@ fn overlay(lowers: &[PathBuf], upper: &Upper, dir: &Path, rootfs: &Path) -> Resu
         link("upper", upper)?;
         link("work", work)?;
     }
-    let options = plan::overlay_options(lowers.len(), !matches!(upper, Upper::None));
+    let options = plan::overlay_options(lowers.len(), !matches!(upper, Upper::None), form);
     step("entering", &layers, chdir(&layers))?;
     step(
         "mounting the overlay on",

@@ -8,9 +8,25 @@ use vmctr_proto::agent::{self, overlay, root};
 /// Overlay's limit on lower folders (OVL_MAX_STACK).
 const MAX_LOWERS: usize = 500;
 
-/// Explicit, whatever the kernel's defaults are: the upper folder then means the same to everyone who
-/// reads it, and no feature ties it to this guest.
-const OVERLAY_OPTIONS: &str = "index=off,redirect_dir=off,metacopy=off,uuid=off";
+/// What the overlay may leave in its upper folder. Each form is explicit, whatever the kernel's defaults are: the
+/// upper folder then means the same to everyone who reads it, and no feature ties it to this guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// A container's layer, for tools that know whiteouts and opaque folders only.
+    Layer,
+    /// An overlay's upper folder, for overlays. Folders can be renamed. There is no index: its entries hold file
+    /// handles of the share, which mean nothing once this guest is gone.
+    Union,
+}
+
+impl Form {
+    fn options(self) -> &'static str {
+        match self {
+            Self::Layer => "index=off,redirect_dir=off,metacopy=off,uuid=off",
+            Self::Union => "index=off,redirect_dir=on,metacopy=off,uuid=off,xino=on",
+        }
+    }
+}
 
 /// The host asked for a root that cannot be.
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +68,8 @@ impl RootPlan {
         }
     }
 
-    fn overlay(request: &agent::Overlay) -> Result<Self, PlanError> {
+    /// Checks the host's request for an overlay.
+    pub fn overlay(request: &agent::Overlay) -> Result<Self, PlanError> {
         if !(1..=MAX_LOWERS).contains(&request.lowers.len()) {
             return Err(PlanError::Lowers(request.lowers.len()));
         }
@@ -78,10 +95,10 @@ fn plain(path: &str) -> Result<PathBuf, PlanError> {
 }
 
 /// Options of an overlay whose folders are named 0, 1, ... and upper, work in the working directory.
-pub fn overlay_options(lowers: usize, upper: bool) -> CString {
+pub fn overlay_options(lowers: usize, upper: bool, form: Form) -> CString {
     let names: Vec<_> = (0..lowers).map(|index| index.to_string()).collect();
     let upper = if upper { ",upperdir=upper,workdir=work" } else { "" };
-    options(format!("lowerdir={}{upper},{OVERLAY_OPTIONS}", names.join(":")))
+    options(format!("lowerdir={}{upper},{}", names.join(":"), form.options()))
 }
 
 /// Options of the tmpfs that takes a guest-side upper folder.
@@ -149,7 +166,7 @@ mod tests {
     #[test]
     fn options_name_every_folder_once() {
         assert_eq!(
-            overlay_options(3, true).to_str().unwrap(),
+            overlay_options(3, true, Form::Layer).to_str().unwrap(),
             "lowerdir=0:1:2,upperdir=upper,workdir=work,index=off,redirect_dir=off,metacopy=off,uuid=off"
         );
         assert_eq!(tmpfs_options(0).to_str().unwrap(), "mode=755");
@@ -159,7 +176,9 @@ mod tests {
     proptest! {
         #[test]
         fn options_fit_the_kernels_page(lowers in 1..=MAX_LOWERS, upper: bool) {
-            prop_assert!(overlay_options(lowers, upper).as_bytes_with_nul().len() <= 4096);
+            for form in [Form::Layer, Form::Union] {
+                prop_assert!(overlay_options(lowers, upper, form).as_bytes_with_nul().len() <= 4096);
+            }
         }
     }
 }

@@ -18,14 +18,14 @@ use super::payload::Payload;
 use super::report::Reporter;
 use super::seccomp::Confinement;
 use super::{Job, ROOT_FILE, STATE_DIR, console_socket, container_dir, mount_points};
-use crate::rootfs::{self, ROOTFS, RootPlan};
+use crate::rootfs::{self, Form, ROOTFS, RootPlan};
 
 /// Builds the container whose directory PID 1 has filled; returns its init process.
 pub fn create(job: &Job, reporter: Reporter) -> anyhow::Result<Pid> {
     let dir = container_dir(&job.container);
     let root = fs::read(dir.join(ROOT_FILE)).context(ROOT_FILE)?;
     let plan = RootPlan::parse(Some(&vmctr_proto::agent::Root::decode(root.as_slice())?))?;
-    rootfs::build(&plan, &dir).context("building the root file system")?;
+    rootfs::build(&plan, Form::Layer, &dir).context("building the root file system")?;
     mount_points::settle(&dir)?;
     make_working_directory(&dir)?;
     super::leave_agents_protection()?;

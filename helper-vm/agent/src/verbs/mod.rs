@@ -6,6 +6,7 @@
 mod create;
 mod delete;
 mod exec;
+mod export;
 mod freeze;
 mod inspect;
 mod rehearse;
@@ -22,11 +23,12 @@ use std::io;
 use tonic::{Code, Status};
 
 use crate::guest::{AdoptError, HelperError, LookupError, WatchError, WrongState};
-use crate::{archive, cgroup, ids, rootfs, spec, stdio};
+use crate::{archive, cgroup, exports, ids, rootfs, spec, stdio};
 
 pub use create::create;
 pub use delete::delete;
 pub use exec::register;
+pub use export::export;
 pub use freeze::{freeze, thaw};
 pub use inspect::{pids, stats};
 pub use rehearse::rehearse;
@@ -68,6 +70,8 @@ pub enum Error {
     Archive(#[from] archive::Error),
     #[error(transparent)]
     Watch(#[from] WatchError),
+    #[error(transparent)]
+    Export(#[from] exports::Error),
     #[error("marking the container as running")]
     Mark(#[source] libcontainer::error::LibcontainerError),
 }
@@ -78,7 +82,9 @@ impl Error {
     fn code(&self) -> Code {
         match self {
             Self::Lookup(LookupError::Missing(_)) => Code::NotFound,
-            Self::Lookup(LookupError::Exists(_)) => Code::AlreadyExists,
+            Self::Lookup(LookupError::Exists(_)) | Self::Export(exports::Error::Exists(_)) => {
+                Code::AlreadyExists
+            }
             Self::Name(_) | Self::Spec(_) | Self::Root(_) | Self::Argument(_) => Code::InvalidArgument,
             Self::Helper(HelperError::Program(_)) => Code::InvalidArgument,
             Self::State { .. } | Self::Busy { .. } => Code::FailedPrecondition,

@@ -9,6 +9,7 @@ mod layer;
 mod pool;
 mod ps;
 mod template;
+mod union;
 mod version;
 
 use std::path::PathBuf;
@@ -18,6 +19,8 @@ use vmctr_vmm::config::Config;
 use crate::cli::{Cli, PoolVerb, Verb};
 use crate::containerd::socket_path;
 use crate::failure::Outcome;
+
+pub use union::mount_helper;
 
 /// What every verb may need.
 pub struct Context {
@@ -45,6 +48,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Verb::Guest(verb) => guest::run(&context, verb),
         Verb::Pool(PoolVerb::Run) => pool::run(&config()?),
         Verb::Pool(PoolVerb::Ls) => pool::list(&context, &config()?),
+        Verb::Union(verb) => union::run(&context, verb).await,
         Verb::Template(verb) => template::run(&context, verb).await,
     }
 }

@@ -13,7 +13,6 @@ mod create;
 mod driver;
 mod guest_events;
 mod inspect;
-mod origin;
 mod process;
 mod request;
 mod session;

@@ -24,6 +24,7 @@ use vmctr_proto::{guest_paths::SHARE_TAG, ports};
 use vmctr_vmm::accel::{self, AccelError};
 use vmctr_vmm::assets::{AssetError, GuestAssets};
 use vmctr_vmm::config::Config;
+use vmctr_vmm::origin::{Machine, Origins};
 use vmctr_vmm::qemu::{Qemu, QemuError};
 use vmctr_vmm::run_dir::{Owner, Role, RunDir, RunDirError};
 use vmctr_vmm::spec::{StartMode, VmSpec};
@@ -32,7 +33,6 @@ use vmctr_vmm::vsock::{UnixServer, VsockHost};
 
 use super::agent::{AgentLink, CallError, EndSignal};
 use super::guest_events::{self, GuestEvent};
-use super::origin::{Machine, Origins};
 use super::share_daemon::{ShareDaemon, ShareError};
 use super::steps::{Step, Steps};
 use super::warm::Warm;

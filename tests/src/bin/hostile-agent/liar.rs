@@ -9,8 +9,8 @@ use tonic::{Request, Response, Status};
 use vmctr_proto::agent::agent_server::{Agent, AgentServer};
 use vmctr_proto::agent::{
     ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, EventsRequest, ExitEvent,
-    HelloReply, HelloRequest, MountShareRequest, PidsReply, ProcessId, ProcessRef, ResizePtyRequest,
-    SignalRequest, StartReply, StatsReply, UpdateRequest, UpperChunk, event,
+    ExportRequest, HelloReply, HelloRequest, MountShareRequest, PidsReply, ProcessId, ProcessRef,
+    ResizePtyRequest, SignalRequest, StartReply, StatsReply, UpdateRequest, UpperChunk, event,
 };
 use vmctr_proto::ports;
 
@@ -186,6 +186,10 @@ impl Agent for Liar {
     }
 
     async fn flush(&self, _: Request<Empty>) -> Reply<Empty> {
+        agree()
+    }
+
+    async fn export(&self, _: Request<ExportRequest>) -> Reply<Empty> {
         agree()
     }
 }

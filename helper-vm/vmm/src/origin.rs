@@ -1,10 +1,9 @@
-//! Where a container's VM comes from: a template if there is one, else a boot; and the template that is made for
-//! the next one.
+//! Where a VM comes from: a template if there is one, else a boot; and the template that is made for the next one.
 //!
 //! ```text
 //!   cold ───────────────────────────────────────────> boot
 //!   template ── there, and whole ── restore ── fails ─> boot, the template is removed, a new one is made
-//!            └─ not there, or damaged ──────────────> boot, one is made once the container's VM runs
+//!            └─ not there, or damaged ──────────────> boot, one is made once the VM runs
 //! ```
 //!
 //! No start waits for a template to be made: a process of its own does that, `vmctr template create`.
@@ -12,19 +11,19 @@
 use std::process::Stdio;
 use std::sync::Arc;
 
+use crate::accel::Accelerator;
+use crate::assets::GuestAssets;
+use crate::binaries::{self, BinaryError};
+use crate::config::Config;
+use crate::qemu::Qemu;
+use crate::spec::{StartMode, VmSpec};
+use crate::template::{Key, Store, Template, TemplateError};
+use crate::vm::{Origin, VmError};
 use tokio::process::Command;
 use tokio::task::spawn_blocking;
 use tracing::{info, warn};
-use vmctr_vmm::accel::Accelerator;
-use vmctr_vmm::assets::GuestAssets;
-use vmctr_vmm::binaries;
-use vmctr_vmm::config::Config;
-use vmctr_vmm::qemu::Qemu;
-use vmctr_vmm::spec::{StartMode, VmSpec};
-use vmctr_vmm::template::{Key, Store, Template};
-use vmctr_vmm::vm::{Origin, VmError};
 
-use crate::error::chain;
+use crate::error_chain;
 
 /// The program that makes templates.
 const MAKER: &str = "vmctr";
@@ -47,7 +46,7 @@ pub struct Machine {
 pub struct Origins {
     machine: Machine,
     store: Store,
-    /// `None` when the container wants no template.
+    /// `None` when no template is wanted.
     key: Option<Key>,
     template: Option<Arc<Template>>,
 }
@@ -78,7 +77,7 @@ impl Origins {
         Origin::Boot(Box::new(self.machine.assets.clone()))
     }
 
-    /// Name of the template for this VM; `None` when the container wants none.
+    /// Name of the template for this VM; `None` when none is wanted.
     pub fn key(&self) -> Option<&Key> {
         self.key.as_ref()
     }
@@ -90,11 +89,11 @@ impl Origins {
 
     /// The template did not work.
     pub async fn discard(&self, error: &VmError) {
-        warn!("The VM boots instead of being restored: {}", chain(error));
+        warn!("The VM boots instead of being restored: {}", error_chain(error));
         let (Some(key), store) = (self.key.clone(), self.store.clone()) else { return };
         let removed = spawn_blocking(move || store.remove(&key));
         if let Ok(Err(error)) = removed.await {
-            warn!("{}", chain(&error));
+            warn!("{}", error_chain(&error));
         }
     }
 
@@ -106,11 +105,11 @@ impl Origins {
         }
         match self.start_maker(key) {
             Ok(()) => info!(%key, "A template is being made"),
-            Err(error) => warn!("Cannot make a template: {error:#}"),
+            Err(error) => warn!("Cannot make a template: {}", error_chain(&error)),
         }
     }
 
-    fn start_maker(&self, key: &Key) -> anyhow::Result<()> {
+    fn start_maker(&self, key: &Key) -> Result<(), MakerError> {
         let log = self.store.create_log(key)?;
         let spec = &self.machine.spec;
         let mut maker = Command::new(binaries::find(MAKER)?);
@@ -118,8 +117,22 @@ impl Origins {
         maker.args(["--memory", &spec.memory().to_string(), "--vcpus", &spec.vcpus().to_string()]);
         maker.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).current_dir("/");
         // Reaped by the runtime, or by init when this process is gone.
-        maker.spawn().map(drop).map_err(anyhow::Error::from)
+        maker.spawn().map(drop).map_err(MakerError::Start)
     }
+}
+
+/// The maker does not run.
+#[derive(Debug, thiserror::Error)]
+enum MakerError {
+    /// Its log cannot be written.
+    #[error(transparent)]
+    Log(#[from] TemplateError),
+    /// It is not installed.
+    #[error(transparent)]
+    Binary(#[from] BinaryError),
+    /// The system refuses.
+    #[error("Cannot start {MAKER}")]
+    Start(#[source] std::io::Error),
 }
 
 fn look(store: &Store, machine: &Machine) -> (Option<Key>, Option<Template>) {
@@ -132,9 +145,9 @@ fn look(store: &Store, machine: &Machine) -> (Option<Key>, Option<Template>) {
         }
     };
     let template = store.open(&key).unwrap_or_else(|error| {
-        warn!("The VM boots instead of being restored: {}", chain(&error));
+        warn!("The VM boots instead of being restored: {}", error_chain(&error));
         if let Err(error) = store.remove(&key) {
-            warn!("{}", chain(&error));
+            warn!("{}", error_chain(&error));
         }
         None
     });

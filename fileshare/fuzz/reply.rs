@@ -1,0 +1,57 @@
+//! What is fuzzed: the check of an answer, and what an answer that passed must be. An input is the question (16
+//! bytes: opcode, 0, size) and then the answer as it comes off the stream.
+
+use vmctr_fileshare::export::host::{Config, Question, Remember, check};
+use vmctr_fileshare::export::wire::abi::{ENTRY_OUT, Entry, OUT_HEADER, op};
+use vmctr_fileshare::export::wire::codec::{Take, check_name};
+
+/// The request's number in all inputs.
+const UNIQUE: u64 = 2;
+
+/// Panics if an answer passes that must not.
+pub fn run(input: &[u8]) {
+    let mut take = Take::new(input);
+    let (Ok(opcode), Ok(_), Ok(size)) = (take.u32(), take.u32(), take.u64()) else { return };
+    let question = Question { opcode, unique: UNIQUE, nodeid: 1, size };
+    let before = take.rest();
+    let mut answer = before.to_vec();
+    let remember = Remember::new(&Config::new("/mnt".into()));
+    if check(&question, &mut answer, remember).is_err() {
+        return;
+    }
+    assert_eq!(answer.len(), before.len());
+    assert_eq!(answer[..OUT_HEADER], before[..OUT_HEADER]);
+    let body = &before[OUT_HEADER..];
+    let failed = answer[4..8] != [0; 4];
+    assert!(!failed || body.is_empty(), "an error with a body passed");
+    match opcode {
+        _ if failed => {}
+        op::READ | op::READDIR | op::READDIRPLUS => assert!(body.len() as u64 <= size),
+        op::MKDIR => assert_eq!(entry(&body[..ENTRY_OUT]).attr.mode & 0o170_000, 0o040_000),
+        op::LOOKUP => assert!(entry(body).nodeid != 1 && entry(body).attr.size <= i64::MAX as u64),
+        _ => {}
+    }
+    if opcode == op::READDIRPLUS && !failed {
+        listing(body);
+    }
+}
+
+fn entry(body: &[u8]) -> Entry {
+    assert_eq!(body.len(), ENTRY_OUT);
+    Entry::take(&mut Take::new(body)).expect("an entry that cannot be read passed")
+}
+
+fn listing(body: &[u8]) {
+    let mut take = Take::new(body);
+    while !take.rest().is_empty() {
+        let mut part = || {
+            take.bytes(ENTRY_OUT + 16).ok()?;
+            let (length, _) = (take.u32().ok()? as usize, take.u32().ok()?);
+            let name = take.bytes(length).ok()?;
+            take.bytes((24 + length).next_multiple_of(8) - 24 - length).ok()?;
+            Some(name)
+        };
+        let name = part().expect("a listing that ends in an entry passed");
+        assert!(matches!(name, b"." | b"..") || check_name(name).is_ok(), "{name:?} passed");
+    }
+}

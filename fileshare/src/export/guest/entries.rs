@@ -1,0 +1,236 @@
+//! Names: finding, making, moving and removing them.
+
+use std::ffi::CStr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+
+use super::caller::Caller;
+use super::handles::Handle;
+use super::message::{Answer, Request};
+use super::nodes::{Node, device, magic};
+use super::server::{Failure, Server};
+use crate::export::wire::abi::{Attr, flag};
+use crate::export::wire::codec::Put;
+
+/// What of the caller's open(2) flags is done here. Appending is told by each write, direct transfers need
+/// aligned memory that a message does not have, and access times are the guest's.
+const PASSED: OFlags = OFlags::RWMODE.union(OFlags::SYNC).union(OFlags::DSYNC);
+
+/// The longest target of a symbolic link.
+const PATH_MAX: usize = 4096;
+
+impl Server {
+    pub(super) fn lookup(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
+        let name = request.body.name()?;
+        request.body.end()?;
+        let parent = self.nodes.find(request.header.nodeid)?;
+        match self.look(&parent, name) {
+            Ok((node, attr)) => answer.entry(node.id, attr),
+            // An answer that can be remembered, unlike an error.
+            Err(Errno::NOENT) => answer.entry(0, Attr::default()),
+            Err(errno) => return Err(errno.into()),
+        }
+        Ok(())
+    }
+
+    pub(super) fn look(&self, parent: &Node, name: &CStr) -> rustix::io::Result<(Arc<Node>, Attr)> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        self.nodes.admit(rustix::fs::openat(parent, name, flags, Mode::empty())?)
+    }
+
+    pub(super) fn mknod(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
+        let body = &mut request.body;
+        let (mode, rdev, umask) = (body.u32()?, body.u32()?, body.u32()?);
+        body.u32()?;
+        let name = body.name()?;
+        body.end()?;
+        self.make(request, name, umask, answer, |parent| {
+            let kind = FileType::from_raw_mode(mode);
+            rustix::fs::mknodat(parent, name, kind, Mode::from_raw_mode(mode & 0o7777), device(rdev))
+        })
+    }
+
+    pub(super) fn mkdir(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
+        let (mode, umask) = (request.body.u32()?, request.body.u32()?);
+        let name = request.body.name()?;
+        request.body.end()?;
+        self.make(request, name, umask, answer, |parent| {
+            rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(mode & 0o7777))
+        })
+    }
+
+    pub(super) fn symlink(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
+        let (name, target) = (request.body.name()?, request.body.string()?);
+        request.body.end()?;
+        self.make(request, name, 0, answer, |parent| rustix::fs::symlinkat(target, parent, name))
+    }
+
+    /// Makes something as the caller, and tells the host of it.
+    fn make(
+        &self,
+        request: &Request<'_>,
+        name: &CStr,
+        umask: u32,
+        answer: &mut Answer,
+        how: impl FnOnce(&Node) -> rustix::io::Result<()>,
+    ) -> Result<(), Failure> {
+        let parent = self.nodes.find(request.header.nodeid)?;
+        {
+            let _acting = request.caller.act(umask)?;
+            how(&parent)?;
+        }
+        let (node, attr) = self.look(&parent, name)?;
+        answer.entry(node.id, attr);
+        parent.attr()?.put(answer);
+        Ok(())
+    }
+
+    pub(super) fn link(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
+        let old = self.nodes.find(request.body.u64()?)?;
+        let name = request.body.name()?;
+        request.body.end()?;
+        let parent = self.nodes.find(request.header.nodeid)?;
+        rustix::fs::linkat(CWD, magic(&*old), &*parent, name, AtFlags::SYMLINK_FOLLOW)?;
+        answer.entry(old.id, self.nodes.again(&old)?);
+        parent.attr()?.put(answer);
+        Ok(())
+    }
+
+    pub(super) fn readlink(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
+        request.body.end()?;
+        let node = self.nodes.find(request.header.nodeid)?;
+        let target = rustix::fs::readlinkat(&*node, c"", Vec::with_capacity(PATH_MAX))?;
+        answer.bytes(target.to_bytes());
+        Ok(())
+    }
+
+    pub(super) fn unlink(
+        &self,
+        request: &mut Request<'_>,
+        answer: &mut Answer,
+        flags: AtFlags,
+    ) -> Result<(), Failure> {
+        let name = request.body.name()?;
+        request.body.end()?;
+        let parent = self.nodes.find(request.header.nodeid)?;
+        rustix::fs::unlinkat(&*parent, name, flags)?;
+        parent.attr()?.put(answer);
+        Ok(())
+    }
+
+    pub(super) fn rename(
+        &self,
+        request: &mut Request<'_>,
+        answer: &mut Answer,
+        with_flags: bool,
+    ) -> Result<(), Failure> {
+        let to = self.nodes.find(request.body.u64()?)?;
+        let flags = if with_flags { request.body.u64()? } else { 0 };
+        let flags = RenameFlags::from_bits(flags as u32).ok_or(Errno::INVAL)?;
+        let (old, new) = (request.body.name()?, request.body.name()?);
+        request.body.end()?;
+        let from = self.nodes.find(request.header.nodeid)?;
+        rustix::fs::renameat_with(&*from, old, &*to, new, flags)?;
+        to.attr()?.put(answer);
+        from.attr()?.put(answer);
+        Ok(())
+    }
+
+    pub(super) fn open(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
+        let (flags, open_flags) = (request.body.u32()?, request.body.u32()?);
+        request.body.end()?;
+        let node = self.nodes.find(request.header.nodeid)?;
+        let handle = self.open_node(&request.caller, node, (flags, open_flags))?;
+        answer.open(handle);
+        Ok(())
+    }
+
+    fn open_node(
+        &self,
+        caller: &Caller,
+        node: Arc<Node>,
+        (flags, open_flags): (u32, u32),
+    ) -> Result<u64, Failure> {
+        let asked = OFlags::from_bits_retain(flags);
+        let file = node.open(self.passed(asked))?;
+        if asked.contains(OFlags::TRUNC) {
+            let _clearing = caller.clearing_set_ids(open_flags & flag::OPEN_KILL_SUIDGID != 0)?;
+            rustix::fs::ftruncate(&file, 0)?;
+        }
+        Ok(self.handles.add(Handle::new(node, file, is_writable(asked))))
+    }
+
+    /// With a write-back cache, the host's kernel reads what it needs to fill a page that is being written.
+    fn passed(&self, asked: OFlags) -> OFlags {
+        let flags = asked & PASSED;
+        if self.writeback() && flags & OFlags::RWMODE == OFlags::WRONLY {
+            (flags - OFlags::RWMODE) | OFlags::RDWR
+        } else {
+            flags
+        }
+    }
+
+    pub(super) fn create(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
+        let body = &mut request.body;
+        let (flags, mode, umask, open_flags) = (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
+        let name = body.name()?;
+        body.end()?;
+        let parent = self.nodes.find(request.header.nodeid)?;
+        let asked = OFlags::from_bits_retain(flags);
+        let how = (self.passed(asked) | OFlags::CREATE | OFlags::EXCL, mode, umask);
+        match make_file(&request.caller, &parent, name, how) {
+            Ok(file) => self.answer_opened(file, asked, answer)?,
+            // Somebody else was first: then it is an open.
+            Err(Errno::EXIST) if !asked.contains(OFlags::EXCL) => {
+                let (node, attr) = self.look(&parent, name)?;
+                answer.entry(node.id, attr);
+                let opened = self.open_node(&request.caller, Arc::clone(&node), (flags, open_flags));
+                answer.open(opened.inspect_err(|_| self.nodes.forget(node.id, 1))?);
+            }
+            Err(errno) => return Err(errno.into()),
+        }
+        parent.attr()?.put(answer);
+        Ok(())
+    }
+
+    pub(super) fn tmpfile(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
+        let body = &mut request.body;
+        let (flags, mode, umask, _) = (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
+        // The kernel sends the name "#", which means nothing.
+        body.string()?;
+        body.end()?;
+        let parent = self.nodes.find(request.header.nodeid)?;
+        let asked = OFlags::from_bits_retain(flags);
+        // Without O_EXCL, so that it can be linked.
+        let how = (self.passed(asked) | OFlags::TMPFILE, mode, umask);
+        let file = make_file(&request.caller, &parent, c".", how)?;
+        self.answer_opened(file, asked, answer)
+    }
+
+    /// Tells the host of a file that was just made, through the very descriptor that made it.
+    fn answer_opened(&self, file: OwnedFd, asked: OFlags, answer: &mut Answer) -> Result<(), Failure> {
+        let path_only = rustix::fs::open(magic(&file), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+        let (node, attr) = self.nodes.admit(path_only)?;
+        answer.entry(node.id, attr);
+        answer.open(self.handles.add(Handle::new(node, file, is_writable(asked))));
+        Ok(())
+    }
+}
+
+fn make_file(
+    caller: &Caller,
+    parent: &Node,
+    name: &CStr,
+    (flags, mode, umask): (OFlags, u32, u32),
+) -> rustix::io::Result<OwnedFd> {
+    let _acting = caller.act(umask)?;
+    let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(mode & 0o7777))
+}
+
+fn is_writable(flags: OFlags) -> bool {
+    flags & OFlags::RWMODE != OFlags::RDONLY
+}

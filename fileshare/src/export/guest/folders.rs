@@ -1,0 +1,161 @@
+//! Listing folders, with what the host will ask next: each entry comes with its node and attributes.
+//!
+//! A folder is opened and listed in one request, so that a folder of usual size costs one turn on the stream, not
+//! three. Which nodes the host was told of that way is for the host to count, and to forget when its kernel does
+//! not ask for them.
+
+use std::sync::{MutexGuard, PoisonError};
+
+use rustix::fs::{FileType, OFlags, RawDir, RawDirEntry, SeekFrom};
+use rustix::io::Errno;
+
+use super::handles::Handle;
+use super::message::{Answer, Request};
+use super::server::{Failure, Server};
+use crate::export::wire::abi::{Attr, ENTRY_OUT, MAX_DATA, dirent_len};
+use crate::export::wire::codec::Put;
+
+/// What is read of a folder with one system call.
+const BATCH: usize = 32 * 1024;
+
+/// Whether an answer holds the whole rest of a folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rest {
+    Here,
+    Further,
+}
+
+impl Server {
+    pub(super) fn opendir_read(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
+        let size = request.body.u32()?.min(MAX_DATA) as usize;
+        request.body.u32()?;
+        request.body.end()?;
+        let node = self.nodes.find(request.header.nodeid)?;
+        let file = node.open(OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let handle = Handle::new(node, file, false);
+        answer.u64(0).u64(0);
+        let rest = self.list(&handle, 0, size, true, answer)?;
+        answer.patch_u64(0, self.handles.add(handle));
+        answer.patch_u64(8, u64::from(rest == Rest::Here));
+        Ok(())
+    }
+
+    pub(super) fn readdir(
+        &self,
+        request: &mut Request<'_>,
+        answer: &mut Answer,
+        plus: bool,
+    ) -> Result<(), Failure> {
+        let body = &mut request.body;
+        let (handle, offset, size) = (body.u64()?, body.u64()?, body.u32()?);
+        body.bytes(20)?;
+        body.end()?;
+        let handle = self.handles.find(handle, request.header.nodeid)?;
+        self.list(&handle, offset, size.min(MAX_DATA) as usize, plus, answer)?;
+        Ok(())
+    }
+
+    /// Appends entries from `offset` on, `size` bytes at most.
+    fn list(
+        &self,
+        handle: &Handle,
+        offset: u64,
+        size: usize,
+        plus: bool,
+        answer: &mut Answer,
+    ) -> rustix::io::Result<Rest> {
+        let mut position = handle.position.lock().unwrap_or_else(PoisonError::into_inner);
+        let limit = answer.body_len() + size;
+        let mut buffer = Vec::with_capacity(BATCH);
+        let mut next = offset;
+        loop {
+            seek(handle, &mut position, next)?;
+            let mut entries = RawDir::new(&handle.file, buffer.spare_capacity_mut());
+            let mut any = false;
+            while let Some(entry) = entries.next() {
+                let entry = entry?;
+                any = true;
+                if !self.fits(handle, &entry, limit, plus, answer) {
+                    *position = u64::MAX;
+                    return Ok(Rest::Further);
+                }
+                next = entry.next_entry_cookie();
+                if entries.is_buffer_empty() {
+                    break;
+                }
+            }
+            *position = next;
+            if !any {
+                return Ok(Rest::Here);
+            }
+        }
+    }
+
+    /// Appends an entry if there is room.
+    fn fits(
+        &self,
+        handle: &Handle,
+        entry: &RawDirEntry<'_>,
+        limit: usize,
+        plus: bool,
+        answer: &mut Answer,
+    ) -> bool {
+        let name = entry.file_name();
+        let length = dirent_len(name.count_bytes()) + if plus { ENTRY_OUT } else { 0 };
+        if answer.body_len() + length > limit {
+            return false;
+        }
+        if plus {
+            let dots = matches!(name.to_bytes(), b"." | b"..");
+            // What is gone by now, or cannot be looked at, is listed without its node: the host will ask.
+            let found = if dots { None } else { self.look(&handle.node, name).ok() };
+            match found {
+                Some((node, attr)) => answer.entry(node.id, attr),
+                None => answer.entry(0, Attr::default()),
+            }
+        }
+        put_entry(entry, answer);
+        true
+    }
+}
+
+fn seek(handle: &Handle, position: &mut MutexGuard<'_, u64>, to: u64) -> rustix::io::Result<()> {
+    if **position != to {
+        let to = i64::try_from(to).map_err(|_| Errno::INVAL)?.cast_unsigned();
+        rustix::fs::seek(&handle.file, SeekFrom::Start(to))?;
+        **position = to;
+    }
+    Ok(())
+}
+
+fn put_entry(entry: &RawDirEntry<'_>, answer: &mut Answer) {
+    let name = entry.file_name().to_bytes();
+    answer.u64(entry.ino()).u64(entry.next_entry_cookie());
+    answer.u32(name.len() as u32).u32(type_number(entry.file_type()));
+    answer.bytes(name);
+    let padding = dirent_len(name.len()) - crate::export::wire::abi::DIRENT - name.len();
+    answer.bytes(&[0; 8][..padding]);
+}
+
+/// `DT_*`, which are the type bits of a mode, moved down.
+fn type_number(kind: FileType) -> u32 {
+    if kind == FileType::Unknown { 0 } else { kind.as_raw_mode() >> 12 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn types_have_the_kernel_s_numbers() {
+        for (kind, number) in [
+            (FileType::RegularFile, libc::DT_REG),
+            (FileType::Directory, libc::DT_DIR),
+            (FileType::Symlink, libc::DT_LNK),
+            (FileType::CharacterDevice, libc::DT_CHR),
+            (FileType::Unknown, libc::DT_UNKNOWN),
+        ] {
+            assert_eq!(type_number(kind), u32::from(number));
+        }
+    }
+}

@@ -1,0 +1,296 @@
+//! Which node ID stands for which file: the inode table.
+//!
+//! ```text
+//!   node ID ──> Node: O_PATH descriptor, inode number as first seen   ──┐ refs: how often the host kernel
+//!   (device, inode number, mount) ──> node IDs                          ┘       was told of it and has not forgotten
+//! ```
+//!
+//! Invariants:
+//! 1. A node ID is never used twice, so the host's memory of a file cannot come to mean another.
+//! 2. A node is reached through its descriptor only; no path is kept.
+//! 3. One file has one node, or else the host would cache it twice. Overlay can show two files under one inode
+//!    number (hard links in a lower layer, which a copy-up separates), so where names are several, numbers are
+//!    not believed: inotify tells whether two descriptors are one inode.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use rustix::fs::{AtFlags, Statx, StatxFlags};
+use rustix::io::{Errno, Result};
+
+use crate::export::wire::abi::{Attr, ROOT_ID};
+
+/// The mask of a watch that tells two inodes apart and hardly ever has an event.
+const QUIET: WatchFlags = WatchFlags::MOVE_SELF;
+
+/// A file that the host knows.
+#[derive(Debug)]
+pub(super) struct Node {
+    pub(super) id: u64,
+    path_only: OwnedFd,
+    key: Key,
+    /// What the host sees as the inode number. Overlay may change its own at copy-up.
+    ino: u64,
+    kind: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    device: (u32, u32),
+    ino: u64,
+    mount: u64,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    by_id: HashMap<u64, (Arc<Node>, u64)>,
+    by_key: HashMap<Key, Vec<u64>>,
+    last: u64,
+}
+
+/// The inode table.
+#[derive(Debug)]
+pub(super) struct Nodes {
+    table: RwLock<Table>,
+    twins: Option<OwnedFd>,
+}
+
+/// What a descriptor's file is like.
+pub(super) fn stat(file: impl AsFd) -> Result<Statx> {
+    let wanted = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
+    rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, wanted)
+}
+
+/// The path that leads to a descriptor's file and to no other, whatever its names are.
+pub(super) fn magic(file: impl AsFd) -> String {
+    format!("/proc/self/fd/{}", file.as_fd().as_raw_fd())
+}
+
+impl Node {
+    pub(super) fn attr(&self) -> Result<Attr> {
+        Ok(attr(&stat(&self.path_only)?, self.ino))
+    }
+
+    /// Opens the file itself. Devices, fifos and sockets stay shut: opening has effects there.
+    pub(super) fn open(&self, flags: rustix::fs::OFlags) -> Result<OwnedFd> {
+        if !matches!(self.kind, libc::S_IFREG | libc::S_IFDIR) {
+            return Err(Errno::NXIO);
+        }
+        let flags = flags | rustix::fs::OFlags::CLOEXEC | rustix::fs::OFlags::NONBLOCK;
+        rustix::fs::open(magic(self), flags, rustix::fs::Mode::empty())
+    }
+}
+
+impl AsFd for Node {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.path_only.as_fd()
+    }
+}
+
+impl Nodes {
+    /// A table with `root` in it.
+    pub(super) fn new(root: OwnedFd) -> Result<Self> {
+        let mut table = Table { last: ROOT_ID - 1, ..Table::default() };
+        let st = stat(&root)?;
+        table.insert(root, &st);
+        Ok(Self { table: RwLock::new(table), twins: inotify::init(CreateFlags::CLOEXEC).ok() })
+    }
+
+    pub(super) fn find(&self, id: u64) -> Result<Arc<Node>> {
+        self.read().by_id.get(&id).map(|(node, _)| Arc::clone(node)).ok_or(Errno::STALE)
+    }
+
+    /// The node of a file that the host is about to be told of, and its attributes.
+    pub(super) fn admit(&self, file: OwnedFd) -> Result<(Arc<Node>, Attr)> {
+        let st = stat(&file)?;
+        let node = self.admit_stat(file, &st);
+        let attr = attr(&st, node.ino);
+        Ok((node, attr))
+    }
+
+    fn admit_stat(&self, file: OwnedFd, st: &Statx) -> Arc<Node> {
+        let mut table = self.write();
+        match self.known(&table, &file, st) {
+            Some(id) => table.again(id),
+            None => None,
+        }
+        .unwrap_or_else(|| table.insert(file, st))
+    }
+
+    fn known(&self, table: &Table, file: &OwnedFd, st: &Statx) -> Option<u64> {
+        let candidates = table.by_key.get(&Key::of(st))?;
+        if st.stx_nlink < 2 || kind(st) == libc::S_IFDIR {
+            return candidates.first().copied();
+        }
+        candidates
+            .iter()
+            .copied()
+            .find(|id| table.by_id.get(id).is_some_and(|(node, _)| self.same(node, file)))
+    }
+
+    /// Whether two descriptors with one inode number are one inode: then a watch on either is the same watch.
+    fn same(&self, node: &Node, file: &OwnedFd) -> bool {
+        let Some(twins) = &self.twins else { return true };
+        let watch = |path: String| inotify::add_watch(twins, path, QUIET);
+        let (Ok(one), Ok(other)) = (watch(magic(node)), watch(magic(file))) else { return true };
+        for wd in [one, other] {
+            // The second removal finds nothing when the watches were one.
+            let _ = inotify::remove_watch(twins, wd);
+        }
+        one == other
+    }
+
+    /// Tells the host of a node once more.
+    pub(super) fn again(&self, node: &Node) -> Result<Attr> {
+        let attr = node.attr()?;
+        self.write().again(node.id).ok_or(Errno::STALE)?;
+        Ok(attr)
+    }
+
+    /// The host forgot `count` of the times that it was told.
+    pub(super) fn forget(&self, id: u64, count: u64) {
+        // Closing the descriptor can take long: after the lock.
+        let gone = self.write().forget(id, count);
+        drop(gone);
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.read().by_id.len()
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Table> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Table> {
+        self.table.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    fn insert(&mut self, path_only: OwnedFd, st: &Statx) -> Arc<Node> {
+        self.last += 1;
+        let (id, key) = (self.last, Key::of(st));
+        let node = Arc::new(Node { id, path_only, key, ino: st.stx_ino, kind: kind(st) });
+        self.by_id.insert(id, (Arc::clone(&node), 1));
+        self.by_key.entry(key).or_default().push(id);
+        node
+    }
+
+    fn again(&mut self, id: u64) -> Option<Arc<Node>> {
+        let (node, refs) = self.by_id.get_mut(&id)?;
+        *refs += 1;
+        Some(Arc::clone(node))
+    }
+
+    fn forget(&mut self, id: u64, count: u64) -> Option<Arc<Node>> {
+        let (node, refs) = self.by_id.get_mut(&id)?;
+        *refs = refs.saturating_sub(count);
+        if *refs > 0 || id == ROOT_ID {
+            return None;
+        }
+        let key = node.key;
+        if let Some(ids) = self.by_key.get_mut(&key) {
+            ids.retain(|other| *other != id);
+            if ids.is_empty() {
+                self.by_key.remove(&key);
+            }
+        }
+        self.by_id.remove(&id).map(|(node, _)| node)
+    }
+}
+
+impl Key {
+    fn of(st: &Statx) -> Self {
+        Self { device: (st.stx_dev_major, st.stx_dev_minor), ino: st.stx_ino, mount: st.stx_mnt_id }
+    }
+}
+
+fn kind(st: &Statx) -> u32 {
+    u32::from(st.stx_mode) & libc::S_IFMT
+}
+
+fn attr(st: &Statx, ino: u64) -> Attr {
+    Attr {
+        ino,
+        size: st.stx_size,
+        blocks: st.stx_blocks,
+        atime: st.stx_atime.tv_sec.cast_unsigned(),
+        mtime: st.stx_mtime.tv_sec.cast_unsigned(),
+        ctime: st.stx_ctime.tv_sec.cast_unsigned(),
+        atimensec: st.stx_atime.tv_nsec,
+        mtimensec: st.stx_mtime.tv_nsec,
+        ctimensec: st.stx_ctime.tv_nsec,
+        mode: u32::from(st.stx_mode),
+        nlink: st.stx_nlink,
+        uid: st.stx_uid,
+        gid: st.stx_gid,
+        rdev: device_number(st.stx_rdev_major, st.stx_rdev_minor),
+        blksize: st.stx_blksize,
+        flags: 0,
+    }
+}
+
+/// A device number as the kernel packs it into 32 bits.
+fn device_number(major: u32, minor: u32) -> u32 {
+    (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
+}
+
+/// The reverse, as mknod(2) wants it.
+pub(super) fn device(number: u32) -> rustix::fs::Dev {
+    rustix::fs::makedev((number >> 8) & 0xfff, (number & 0xff) | ((number >> 12) & 0xf_ff00))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use rustix::fs::{CWD, Mode, OFlags};
+
+    use super::*;
+
+    fn path_only(path: &std::path::Path) -> OwnedFd {
+        rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+            .unwrap()
+    }
+
+    #[test]
+    fn a_node_lives_until_the_host_forgot_it_as_often_as_it_was_told() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file"), "").unwrap();
+        let nodes = Nodes::new(path_only(dir.path())).unwrap();
+        let admit = || nodes.admit(path_only(&dir.path().join("file"))).unwrap().0;
+        let (first, second) = (admit(), admit());
+        assert_eq!(first.id, second.id);
+        nodes.forget(first.id, 1);
+        assert!(nodes.find(first.id).is_ok());
+        nodes.forget(first.id, 1);
+        assert_eq!(nodes.find(first.id).unwrap_err(), Errno::STALE);
+        assert_ne!(admit().id, first.id, "a node ID was used again");
+    }
+
+    #[test]
+    fn hard_links_are_one_node_and_the_root_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("one"), "").unwrap();
+        let nodes = Nodes::new(path_only(dir.path())).unwrap();
+        let admit = |name: &str| nodes.admit(path_only(&dir.path().join(name))).unwrap().0.id;
+        let one = admit("one");
+        fs::hard_link(dir.path().join("one"), dir.path().join("other")).unwrap();
+        assert_eq!(admit("other"), one);
+        assert_eq!(admit("one"), one);
+        assert_eq!(nodes.len(), 2);
+        nodes.forget(ROOT_ID, u64::MAX);
+        assert!(nodes.find(ROOT_ID).is_ok());
+    }
+
+    #[test]
+    fn device_numbers_come_back() {
+        for (major, minor) in [(0, 0), (1, 3), (259, 70_000), (4095, 0xf_ffff)] {
+            assert_eq!(device(device_number(major, minor)), rustix::fs::makedev(major, minor));
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! One descriptor of the kernel's FUSE device.
+//!
+//! Invariant: a request that was read is answered once. An answer that the kernel does not want any more (its
+//! caller is gone, the mount is gone) is no error.
+
+use std::io::{self, IoSlice};
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::export::sys;
+use crate::export::wire::abi::{OUT_HEADER, OutHeader};
+
+/// A descriptor of a connection to the kernel.
+#[derive(Debug)]
+pub(super) struct Device(pub(super) OwnedFd);
+
+/// The mount is gone, or was cut off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Gone;
+
+impl Device {
+    /// A descriptor that has no connection yet.
+    pub(super) fn open() -> io::Result<Self> {
+        Ok(Self(rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?))
+    }
+
+    /// A further descriptor of the same connection, for another thread.
+    pub(super) fn another(&self) -> io::Result<Self> {
+        let other = Self::open()?;
+        sys::clone_connection(&other.0, &self.0)?;
+        Ok(other)
+    }
+
+    /// Waits for the next request.
+    pub(super) fn next<'a>(&self, buffer: &'a mut [u8]) -> Result<&'a mut [u8], Gone> {
+        loop {
+            match rustix::io::read(&self.0, &mut *buffer) {
+                Ok(length) => return Ok(&mut buffer[..length]),
+                // A request whose caller left before it could be read.
+                Err(Errno::NOENT | Errno::INTR | Errno::AGAIN) => {}
+                Err(Errno::NODEV | Errno::CONNABORTED) => return Err(Gone),
+                Err(errno) => {
+                    tracing::error!(%errno, "cannot read requests from the kernel");
+                    return Err(Gone);
+                }
+            }
+        }
+    }
+
+    /// Hands an answer to the kernel.
+    pub(super) fn answer(&self, message: &[u8]) {
+        self.report(rustix::io::write(&self.0, message));
+    }
+
+    /// Answers without a body: 0 for success.
+    pub(super) fn answer_errno(&self, unique: u64, errno: i32) {
+        let mut message = Vec::with_capacity(OUT_HEADER);
+        OutHeader { len: OUT_HEADER as u32, error: -errno, unique }.put(&mut message);
+        self.answer(&message);
+    }
+
+    /// Answers with a body.
+    pub(super) fn answer_body(&self, unique: u64, body: &[u8]) {
+        let mut header = Vec::with_capacity(OUT_HEADER);
+        OutHeader { len: (OUT_HEADER + body.len()) as u32, error: 0, unique }.put(&mut header);
+        self.report(rustix::io::writev(&self.0, &[IoSlice::new(&header), IoSlice::new(body)]));
+    }
+
+    fn report(&self, written: rustix::io::Result<usize>) {
+        match written {
+            // The request is no longer there, or the mount is not.
+            Ok(_) | Err(Errno::NOENT | Errno::NODEV | Errno::CONNABORTED) => {}
+            Err(errno) => tracing::error!(%errno, "the kernel refused an answer"),
+        }
+    }
+}

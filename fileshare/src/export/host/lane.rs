@@ -1,0 +1,240 @@
+//! One relay thread: takes a request from the kernel, finds its answer, hands it back.
+//!
+//! ```text
+//!   here       opening to read, closing, what the guest does not serve
+//!   lane       all else: asked on this lane's stream, answered before the next request is taken
+//!   waits      locks that are waited for, interrupts
+//!   untold     releases, forgets: sent, and the kernel is answered at once
+//! ```
+//!
+//! When the guest is lost, the thread stays and answers EIO, so that nobody hangs and the mount can be taken
+//! away.
+
+use std::sync::Arc;
+
+use super::device::{Device, Gone};
+use super::question::{changes, handle_places, is_served, opens_to_write, put_u64_at, u32_at, u64_at};
+use super::shared::Shared;
+use super::talk::{Errno, Talk, message};
+use crate::export::wire::abi::{
+    ATTR, ENTRY_OUT, IN_HEADER, InHeader, MAX_MESSAGE, OUT_HEADER, flag, folders_after, op,
+};
+use crate::export::wire::codec::{Put, Take};
+
+/// A relay thread's own.
+#[derive(Debug)]
+pub(super) struct Lane {
+    pub(super) device: Arc<Device>,
+    pub(super) talk: Talk,
+    /// What is read here.
+    pub(super) data: Vec<u8>,
+}
+
+impl Lane {
+    pub(super) fn new(device: Device, shared: Arc<Shared>, lane: usize) -> Self {
+        Self { device: Arc::new(device), talk: Talk::new(shared, lane), data: Vec::new() }
+    }
+
+    pub(super) fn shared(&self) -> Arc<Shared> {
+        Arc::clone(&self.talk.shared)
+    }
+
+    /// Relays until the mount is gone.
+    pub(super) fn run(mut self) {
+        let mut buffer = vec![0; MAX_MESSAGE];
+        loop {
+            let length = match self.device.next(&mut buffer) {
+                Ok(message) => message.len(),
+                Err(Gone) => return,
+            };
+            self.relay(&mut buffer[..length]);
+        }
+    }
+
+    fn relay(&mut self, message: &mut [u8]) {
+        let header = InHeader::take(&mut Take::new(message)).unwrap_or_default();
+        let result = match header.opcode {
+            op::FORGET | op::BATCH_FORGET => return self.talk.tell(message),
+            op::NOTIFY_REPLY => return,
+            op::INTERRUPT => return self.interrupt(message),
+            op::IOCTL => Err(libc::ENOTTY),
+            op::DESTROY => Ok(()),
+            op::OPEN if !opens_to_write(u32_at(&message[IN_HEADER..], 0)) => {
+                return self.open_here(&header, self.talk.shared.flags.file);
+            }
+            op::OPENDIR => return self.open_here(&header, self.talk.shared.flags.folder),
+            op::RELEASE | op::RELEASEDIR => self.release(message),
+            op::FLUSH if !self.has_locks(&header, message) => Ok(()),
+            op::SETLKW => return self.wait(&header, message),
+            op::GETATTR => return self.attributes(&header, message),
+            op::READ => return self.read(&header, message),
+            op::READDIRPLUS => return self.list(&header, message),
+            opcode if is_served(opcode) => return self.pass(&header, message),
+            _ => Err(libc::ENOSYS),
+        };
+        self.device.answer_errno(header.unique, result.err().unwrap_or(0));
+    }
+
+    /// Asks the guest and hands its answer to the kernel.
+    pub(super) fn pass(&mut self, header: &InHeader, message: &mut [u8]) {
+        if let Err(errno) = self.ask_guest(header, message) {
+            self.device.answer_errno(header.unique, errno);
+        }
+    }
+
+    fn ask_guest(&mut self, header: &InHeader, message: &mut [u8]) -> Result<(), Errno> {
+        self.note_lock(header, message);
+        self.put_handles(header, message)?;
+        let shared = self.shared();
+        let changes = changes(header.opcode, &message[IN_HEADER..]);
+        let note = || {
+            if changes {
+                shared.changed();
+                shared.shortcut.note(header.opcode, header.nodeid, &message[IN_HEADER..]);
+            }
+        };
+        note();
+        let before = shared.changes();
+        let answer = self.talk.ask(message);
+        note();
+        let (answer, folders) = part(header.opcode, answer?);
+        keep_folders(&shared, header, &message[IN_HEADER..], folders, before + 1);
+        match header.opcode {
+            op::LOOKUP => keep_entry(&shared, answer, before),
+            op::GETATTR => shared.keep_attr(header.nodeid, &answer[OUT_HEADER + 16..], before),
+            op::OPEN => put_flags(answer, OUT_HEADER, shared.flags.file),
+            op::CREATE | op::TMPFILE => put_flags(answer, OUT_HEADER + ENTRY_OUT, shared.flags.file),
+            _ => {}
+        }
+        self.device.answer(answer);
+        Ok(())
+    }
+
+    fn attributes(&mut self, header: &InHeader, message: &mut [u8]) {
+        match self.talk.shared.known_attr(header.nodeid) {
+            Some(answer) => self.device.answer_body(header.unique, &answer),
+            None => self.pass(header, message),
+        }
+    }
+
+    /// Replaces handles of ours by the guest's, which it is asked for where it has none yet.
+    pub(super) fn put_handles(&mut self, header: &InHeader, message: &mut [u8]) -> Result<(), Errno> {
+        let body = &mut message[IN_HEADER..];
+        for place in handle_places(header.opcode, body) {
+            let handle = u64_at(body, *place);
+            // A copy's other file is another node.
+            let node = if *place == 24 { u64_at(body, 16) } else { header.nodeid };
+            let header = InHeader { nodeid: node, ..*header };
+            put_u64_at(body, *place, self.guest_handle(&header, handle)?);
+        }
+        Ok(())
+    }
+
+    /// The guest's handle behind one that the kernel holds.
+    fn guest_handle(&mut self, header: &InHeader, handle: u64) -> Result<u64, Errno> {
+        let shared = self.shared();
+        let Some(lazy) = shared.lazies.find(handle) else { return Ok(handle) };
+        let mut state = super::shared::lock(&lazy.state);
+        if let Some(guest) = state.guest {
+            return Ok(guest);
+        }
+        let is_folder = matches!(header.opcode, op::FSYNCDIR | op::READDIR);
+        let opcode = if is_folder { op::OPENDIR_READ } else { op::OPEN };
+        // No flags to open with, or no room for entries.
+        let request = message(&InHeader { opcode, ..*header }, &[0; 8]);
+        let guest = u64_at(self.talk.ask(&request)?, OUT_HEADER);
+        state.guest = Some(guest);
+        Ok(guest)
+    }
+
+    fn open_here(&self, header: &InHeader, flags: u32) {
+        let shared = &self.talk.shared;
+        if shared.is_lost() {
+            return self.device.answer_errno(header.unique, libc::EIO);
+        }
+        let mut body = Vec::with_capacity(16);
+        body.u64(shared.lazies.add()).u32(flags).u32(0);
+        self.device.answer_body(header.unique, &body);
+    }
+
+    fn release(&mut self, message: &mut [u8]) -> Result<(), Errno> {
+        let shared = self.shared();
+        let handle = u64_at(&message[IN_HEADER..], 0);
+        let mut guest = Some(handle);
+        if let Some(lazy) = shared.lazies.remove(handle) {
+            let mut state = super::shared::lock(&lazy.state);
+            guest = state.guest;
+            if let Some(ahead) = shared.lazies.drop_ahead(&mut state) {
+                self.talk.forget(&ahead.untold());
+            }
+        }
+        if let Some(guest) = guest {
+            put_u64_at(&mut message[IN_HEADER..], 0, guest);
+            self.talk.tell(message);
+        }
+        Ok(())
+    }
+
+    fn note_lock(&self, header: &InHeader, message: &[u8]) {
+        let body = &message[IN_HEADER..];
+        let locks = matches!(header.opcode, op::SETLK | op::SETLKW | op::GETLK);
+        if locks && u32_at(body, 40) & flag::LK_FLOCK == 0 {
+            self.talk.shared.note_lock(header.nodeid, u64_at(body, 8));
+        }
+    }
+
+    /// Whether the process that closes may have had locks, which that drops.
+    fn has_locks(&self, header: &InHeader, message: &[u8]) -> bool {
+        self.talk.shared.forget_lock(header.nodeid, u64_at(&message[IN_HEADER..], 16))
+    }
+
+    fn wait(&mut self, header: &InHeader, message: &mut [u8]) {
+        self.note_lock(header, message);
+        let shared = self.shared();
+        match self.put_handles(header, message) {
+            Ok(()) if !shared.is_lost() => shared.waits.add(&shared, &self.device, header.unique, message),
+            Ok(()) => self.device.answer_errno(header.unique, libc::EIO),
+            Err(errno) => self.device.answer_errno(header.unique, errno),
+        }
+    }
+
+    /// Requests on a lane are short: only those that wait are interrupted.
+    fn interrupt(&self, message: &[u8]) {
+        let shared = &self.talk.shared;
+        let unique = u64_at(&message[IN_HEADER..], 0);
+        if !shared.is_lost() && !shared.is_in_turn(unique) {
+            shared.waits.interrupt(shared, unique);
+        }
+    }
+}
+
+/// Parts an answer that was checked into the kernel's and the attributes of folders that follow.
+fn part(opcode: u32, answer: &mut [u8]) -> (&mut [u8], &[u8]) {
+    let length = answer.len().saturating_sub(folders_after(opcode) * ATTR);
+    let (answer, folders) = answer.split_at_mut(length);
+    answer[..4].copy_from_slice(&(length as u32).to_le_bytes());
+    (answer, folders)
+}
+
+/// Keeps the attributes of folders that a request changed. They hold if it was the only change: if since the guest
+/// was asked there was none but the one that is counted when it has answered.
+fn keep_folders(shared: &Shared, header: &InHeader, body: &[u8], folders: &[u8], changes: u64) {
+    let nodes = match header.opcode {
+        op::RENAME | op::RENAME2 => [u64_at(body, 0), header.nodeid],
+        _ => [header.nodeid; 2],
+    };
+    for (node, attr) in nodes.into_iter().zip(folders.chunks_exact(ATTR)) {
+        shared.keep_attr(node, attr, changes);
+    }
+}
+
+fn keep_entry(shared: &Shared, answer: &[u8], changes: u64) {
+    let entry = &answer[OUT_HEADER..];
+    shared.keep_attr(u64_at(entry, 0), &entry[ENTRY_OUT - ATTR..ENTRY_OUT], changes);
+}
+
+fn put_flags(answer: &mut [u8], at: usize, flags: u32) {
+    if let Some(place) = answer.get_mut(at + 8..at + 12) {
+        place.copy_from_slice(&flags.to_le_bytes());
+    }
+}

@@ -1,0 +1,39 @@
+//! The host's side: the mount, and the relay between the kernel and the guest.
+//!
+//! ```text
+//!   kernel ─ device ─ lane ─┬─ lazy, reading   what need not cross, or crosses joined with the next
+//!                           ├─ talk ═ stream   question ... answer ─ check ─> kernel
+//!                           └─ waits ═ stream  locks that are waited for
+//! ```
+//!
+//! What the guest can do to the host is to answer wrongly or not at all. So:
+//! 1. No answer reaches the kernel before `check` has measured it by its question; one that fails costs its
+//!    request EIO and a line in the log.
+//! 2. Nothing but answers is taken from the guest: it has no way to notify, invalidate or store.
+//! 3. A guest that is silent, closes or loses count is given up: from then on all is answered EIO, at once.
+//! 4. Memory is a buffer for each lane and a bounded store of listings, whatever comes.
+//! 5. How long things are remembered, and the flags of open files, are set here.
+
+mod attrs;
+mod check;
+mod config;
+mod device;
+mod export;
+mod init;
+mod lane;
+mod lazy;
+mod mount;
+mod question;
+mod reading;
+mod shared;
+mod shortcut;
+mod talk;
+mod waits;
+
+pub use check::{Remember, check};
+pub use config::{Cache, Config, Writes};
+pub use export::{Export, StartError, Streams, SyncError};
+pub use init::InitError;
+pub use mount::{MountError, unmount};
+pub use question::Question;
+pub use shared::Lost;

@@ -1,0 +1,160 @@
+//! Reading files and listing folders that the guest may not have open.
+
+use std::sync::Arc;
+
+use super::check::entries;
+use super::lane::Lane;
+use super::lazy::{Ahead, State};
+use super::question::{put_u64_at, u32_at, u64_at};
+use super::shared::{Shared, lock};
+use super::shortcut::HostFile;
+use super::talk::{Errno, message};
+use crate::export::wire::abi::{IN_HEADER, InHeader, MAX_DATA, OUT_HEADER, op};
+use crate::export::wire::codec::Put;
+
+/// How many bytes of entries come when a folder is opened: those of about a thousand files.
+const AHEAD: u32 = 192 * 1024;
+
+/// A listing as the kernel asks for it.
+struct Wanted {
+    offset: u64,
+    size: usize,
+}
+
+impl Lane {
+    pub(super) fn read(&mut self, header: &InHeader, request: &mut [u8]) {
+        let shared = self.shared();
+        let Some(lazy) = shared.lazies.find(u64_at(request, IN_HEADER)) else {
+            return self.pass(header, request);
+        };
+        let mut state = lock(&lazy.state);
+        if let Some(guest) = state.guest {
+            let host = state.host.clone();
+            drop(state);
+            if host.is_some_and(|host| self.read_here(header, request, &host)) {
+                return;
+            }
+            put_u64_at(request, IN_HEADER, guest);
+            return self.pass(header, request);
+        }
+        if let Err(errno) = self.open_and_read(header, request, &mut state) {
+            self.device.answer_errno(header.unique, errno);
+        }
+    }
+
+    /// Reads the host's file, if it still is the union's.
+    fn read_here(&mut self, header: &InHeader, request: &[u8], host: &HostFile) -> bool {
+        let shared = self.shared();
+        let (offset, size) = (u64_at(request, IN_HEADER + 8), u32_at(request, IN_HEADER + 16).min(MAX_DATA));
+        if self.data.len() < size as usize {
+            self.data.resize(size as usize, 0);
+        }
+        let Some(done) = shared.shortcut.read(host, offset, &mut self.data[..size as usize]) else {
+            return false;
+        };
+        self.device.answer_body(header.unique, &self.data[..done]);
+        true
+    }
+
+    fn open_and_read(&mut self, header: &InHeader, request: &[u8], state: &mut State) -> Result<(), Errno> {
+        let (offset, size) = (u64_at(request, IN_HEADER + 8), u32_at(request, IN_HEADER + 16));
+        let mut body = Vec::with_capacity(24);
+        body.u64(0).u64(offset).u32(size).u32(0);
+        let request = message(&InHeader { opcode: op::OPEN_READ, ..*header }, &body);
+        let shared = self.shared();
+        let changed = shared.shortcut.changed(header.nodeid);
+        let answer = self.talk.ask(&request)?;
+        state.guest = Some(u64_at(answer, OUT_HEADER)).filter(|handle| *handle != 0);
+        let (hint, data) = answer[OUT_HEADER + 16..].split_at(u32_at(answer, OUT_HEADER + 8) as usize);
+        self.device.answer_body(header.unique, data);
+        state.host = shared.shortcut.follow(hint, header.nodeid, changed).map(Arc::new);
+        Ok(())
+    }
+
+    pub(super) fn list(&mut self, header: &InHeader, request: &mut [u8]) {
+        let shared = self.shared();
+        let Some(lazy) = shared.lazies.find(u64_at(request, IN_HEADER)) else {
+            return self.device.answer_errno(header.unique, libc::EBADF);
+        };
+        let mut state = lock(&lazy.state);
+        if let Err(errno) = self.list_folder(header, request, &mut state) {
+            self.device.answer_errno(header.unique, errno);
+        }
+    }
+
+    fn list_folder(&mut self, header: &InHeader, request: &mut [u8], state: &mut State) -> Result<(), Errno> {
+        let size = u32_at(request, IN_HEADER + 16) as usize;
+        let wanted = Wanted { offset: u64_at(request, IN_HEADER + 8), size };
+        if wanted.offset == 0 {
+            state.listed = 0;
+        }
+        if state.guest.is_none() {
+            self.open_and_list(header, state)?;
+        }
+        if self.list_ahead(header, &wanted, state)? {
+            return Ok(());
+        }
+        self.list_on(header, request, state)
+    }
+
+    fn open_and_list(&mut self, header: &InHeader, state: &mut State) -> Result<(), Errno> {
+        let shared = self.shared();
+        // Before the guest looks: what changes from now on makes the listing old.
+        let changes = shared.changes();
+        let mut body = Vec::with_capacity(8);
+        body.u32(AHEAD).u32(0);
+        let request = message(&InHeader { opcode: op::OPENDIR_READ, ..*header }, &body);
+        let answer = self.talk.ask(&request)?;
+        state.guest = Some(u64_at(answer, OUT_HEADER));
+        let whole = u64_at(answer, OUT_HEADER + 8) == 1;
+        keep_attrs(&shared, &answer[OUT_HEADER + 16..], changes);
+        let ahead = Ahead::new(&answer[OUT_HEADER + 16..], 0, whole, changes);
+        if let Some(old) = shared.lazies.keep(state, ahead) {
+            self.talk.forget(&old.untold());
+        }
+        Ok(())
+    }
+
+    /// Answers from what was listed ahead, if that is where the kernel is and nothing has changed since.
+    fn list_ahead(&mut self, header: &InHeader, wanted: &Wanted, state: &mut State) -> Result<bool, Errno> {
+        let shared = self.shared();
+        let changes = shared.changes();
+        if let Some(ahead) = &mut state.ahead
+            && let Some(entries) = ahead.take(wanted.offset, wanted.size, changes)
+        {
+            state.listed = allow(state.listed, entries, shared.most_entries)?;
+            self.device.answer_body(header.unique, entries);
+            return Ok(true);
+        }
+        if let Some(old) = shared.lazies.drop_ahead(state) {
+            self.talk.forget(&old.untold());
+        }
+        Ok(false)
+    }
+
+    fn list_on(&mut self, header: &InHeader, request: &mut [u8], state: &mut State) -> Result<(), Errno> {
+        let shared = self.shared();
+        put_u64_at(request, IN_HEADER, state.guest.ok_or(libc::EIO)?);
+        let changes = shared.changes();
+        let answer = self.talk.ask(request)?;
+        keep_attrs(&shared, &answer[OUT_HEADER..], changes);
+        let listed = allow(state.listed, &answer[OUT_HEADER..], shared.most_entries);
+        state.listed = listed.inspect_err(|_| {
+            if shared.complaints.may() {
+                tracing::warn!(nodeid = header.nodeid, "the guest lists a folder without end");
+            }
+        })?;
+        self.device.answer(answer);
+        Ok(())
+    }
+}
+
+fn keep_attrs(shared: &Shared, listing: &[u8], changes: u64) {
+    entries(listing).for_each(|entry| shared.keep_attr(entry.nodeid, entry.attr, changes));
+}
+
+/// Counts entries, up to as many as a folder may have.
+fn allow(listed: u64, listing: &[u8], most: u64) -> Result<u64, Errno> {
+    let listed = listed + entries(listing).count() as u64;
+    if listed > most { Err(libc::EIO) } else { Ok(listed) }
+}

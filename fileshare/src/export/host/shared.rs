@@ -1,0 +1,254 @@
+//! What the relay's threads share.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::attrs::Attrs;
+use super::check::Remember;
+use super::config::{Cache, Config};
+use super::export::Streams;
+use super::lazy::Lazies;
+use super::shortcut::Shortcut;
+use super::waits::Waits;
+use crate::export::wire::abi::op;
+use crate::export::wire::stream::Stream;
+
+/// How many (file, owner) pairs are known to have had locks. With more, every close is told to the guest.
+const MOST_LOCKED: usize = 1 << 16;
+
+/// One mount's state.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) remember: Remember,
+    pub(super) flags: OpenFlags,
+    pub(super) most_entries: u64,
+    pub(super) patience: Duration,
+    pub(super) lazies: Lazies,
+    /// Only where nobody else changes files.
+    pub(super) attrs: Option<Attrs>,
+    pub(super) turns: Turns,
+    pub(super) shortcut: Shortcut,
+    pub(super) waits: Waits,
+    pub(super) complaints: Complaints,
+    pub(super) lanes: Vec<Turn>,
+    locked: Mutex<Locked>,
+    changes: AtomicU64,
+    lost: AtomicBool,
+    why: Mutex<Option<Lost>>,
+    started: Instant,
+}
+
+/// What the kernel is told about files and folders that it opens.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct OpenFlags {
+    pub(super) file: u32,
+    pub(super) folder: u32,
+}
+
+/// One lane: its stream, and what it is doing.
+#[derive(Debug)]
+pub(super) struct Turn {
+    pub(super) stream: Stream,
+    unique: AtomicU64,
+    since: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Locked {
+    pairs: HashSet<(u64, u64)>,
+    overflow: bool,
+}
+
+/// Why the guest is given up.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Lost {
+    /// The VM or its server ended.
+    #[error("The guest closed the export")]
+    Closed,
+    /// It takes too long.
+    #[error("The guest did not answer a request within {0:?}")]
+    Silent(Duration),
+    /// What it sends is no protocol.
+    #[error("The guest broke the export's protocol: {0}")]
+    Broken(String),
+}
+
+impl Turn {
+    pub(super) fn new(stream: Stream) -> Self {
+        Self { stream, unique: AtomicU64::new(0), since: AtomicU64::new(0) }
+    }
+}
+
+impl Shared {
+    pub(super) fn new(config: &Config, flags: OpenFlags, shortcut: Shortcut, streams: Streams) -> Self {
+        Self {
+            remember: Remember::new(config),
+            flags,
+            most_entries: config.most_entries,
+            patience: config.patience,
+            lazies: Lazies::default(),
+            attrs: (config.cache == Cache::Alone).then(Attrs::default),
+            turns: Turns::default(),
+            shortcut,
+            waits: Waits::new(streams.waits),
+            complaints: Complaints::default(),
+            lanes: streams.turns.into_iter().map(Turn::new).collect(),
+            locked: Mutex::default(),
+            changes: AtomicU64::new(0),
+            lost: AtomicBool::new(false),
+            why: Mutex::default(),
+            started: Instant::now(),
+        }
+    }
+
+    /// A lane begins to wait for the guest.
+    pub(super) fn begin(&self, lane: usize, unique: u64) {
+        self.lanes[lane].unique.store(unique, Ordering::Relaxed);
+        self.lanes[lane].since.store(self.now(), Ordering::Relaxed);
+    }
+
+    /// A lane's turn is over.
+    pub(super) fn end(&self, lane: usize) {
+        self.lanes[lane].since.store(0, Ordering::Relaxed);
+        self.lanes[lane].unique.store(0, Ordering::Relaxed);
+    }
+
+    /// Whether some lane works on this request.
+    pub(super) fn is_in_turn(&self, unique: u64) -> bool {
+        self.lanes.iter().any(|lane| lane.unique.load(Ordering::Relaxed) == unique)
+    }
+
+    /// Gives the guest up if a lane has waited for too long.
+    pub(super) fn check_patience(&self) {
+        let now = self.now();
+        let waited = self.lanes.iter().map(|lane| match lane.since.load(Ordering::Relaxed) {
+            0 => 0,
+            since => now.saturating_sub(since),
+        });
+        if waited.max().unwrap_or(0) > self.patience.as_millis() as u64 {
+            self.give_up(Lost::Silent(self.patience));
+        }
+    }
+
+    /// Milliseconds, never 0.
+    fn now(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64 + 1
+    }
+
+    /// Ends all talk with the guest: what waits for it returns, and all else is answered EIO from now on.
+    pub(super) fn give_up(&self, why: Lost) {
+        let mut reason = lock(&self.why);
+        if reason.is_none() {
+            *reason = Some(why);
+        }
+        drop(reason);
+        if !self.lost.swap(true, Ordering::AcqRel) {
+            self.lanes.iter().for_each(|lane| lane.stream.shutdown());
+            self.waits.shutdown();
+        }
+    }
+
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
+    pub(super) fn why(&self) -> Option<Lost> {
+        lock(&self.why).clone()
+    }
+
+    /// Something is about to change, or just did. What was listed before is old then.
+    pub(super) fn changed(&self) {
+        self.changes.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(super) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// Keeps a node's attributes; `changes` is from before the guest was asked.
+    pub(super) fn keep_attr(&self, nodeid: u64, attr: &[u8], changes: u64) {
+        if let Some(attrs) = self.attrs.as_ref().filter(|_| nodeid != 0) {
+            attrs.keep(nodeid, attr, changes, Instant::now());
+        }
+    }
+
+    /// The answer to GETATTR, if it is known.
+    pub(super) fn known_attr(&self, nodeid: u64) -> Option<Vec<u8>> {
+        let attr = self.attrs.as_ref()?.get(nodeid, self.changes(), Instant::now())?;
+        Some(self.remember.attr_out(&attr))
+    }
+
+    /// Remembers that closing this file has to be told to the guest.
+    pub(super) fn note_lock(&self, node: u64, owner: u64) {
+        let mut locked = lock(&self.locked);
+        if locked.pairs.len() < MOST_LOCKED {
+            locked.pairs.insert((node, owner));
+        } else {
+            locked.overflow = true;
+        }
+    }
+
+    /// Whether a close has to be told.
+    pub(super) fn forget_lock(&self, node: u64, owner: u64) -> bool {
+        let mut locked = lock(&self.locked);
+        locked.pairs.remove(&(node, owner)) || locked.overflow
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What is wrong with the guest's answers, in the log, but not all day.
+#[derive(Debug, Default)]
+pub(super) struct Complaints(Mutex<Option<(Instant, u32)>>);
+
+impl Complaints {
+    const PERIOD: Duration = Duration::from_secs(10);
+    const MOST: u32 = 10;
+
+    /// Whether one more may be logged.
+    pub(super) fn may(&self) -> bool {
+        let mut period = lock(&self.0);
+        let now = Instant::now();
+        let (since, count) = match *period {
+            Some((since, count)) if now.duration_since(since) < Self::PERIOD => (since, count + 1),
+            _ => (now, 1),
+        };
+        *period = Some((since, count));
+        count <= Self::MOST
+    }
+}
+
+/// How often the guest was asked what.
+#[derive(Debug)]
+pub(super) struct Turns([AtomicU64; Self::KINDS]);
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self([const { AtomicU64::new(0) }; Self::KINDS])
+    }
+}
+
+impl Turns {
+    const KINDS: usize = 64;
+
+    pub(super) fn count(&self, opcode: u32) {
+        self.0[Self::place(opcode)].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Ours come after the kernel's, whose numbers are below 60.
+    fn place(opcode: u32) -> usize {
+        match opcode {
+            op::OPEN_READ => 60,
+            op::OPENDIR_READ => 61,
+            other => (other as usize).min(Self::KINDS - 1),
+        }
+    }
+
+    pub(super) fn of(&self, opcode: u32) -> u64 {
+        self.0[Self::place(opcode)].load(Ordering::Relaxed)
+    }
+}

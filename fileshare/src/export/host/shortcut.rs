@@ -1,0 +1,220 @@
+//! Reading lower files on the host, where their bytes are, instead of through the guest.
+//!
+//! ```text
+//!   first read ──> guest: data, and a hint: layer, path, size, time
+//!                    └─ looked for below the layer's folder, compared ──> host's file
+//!   next reads ──> host's file, until somebody may have changed the union's ──> guest again
+//! ```
+//!
+//! The kernel's cache stays the one place where all openers and mappings of the file meet, so a copy-up needs no
+//! more than that reads go elsewhere from then on. (With the kernel's own FUSE passthrough an open file keeps its
+//! lower file for good: readers would never see what is written after a copy-up.)
+//!
+//! Invariants:
+//! 1. Only regular files beneath the layers' folders are opened, symbolic links never followed: a guest that lies
+//!    gets one lower file for another.
+//! 2. A file that was opened to write, truncated or copied to since the hint was asked for is not read here.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+
+use super::question::{opens_to_write, u32_at, u64_at};
+use crate::export::wire::abi::{flag, op};
+use crate::export::wire::codec::{Malformed, Take};
+
+/// Nodes share counters by their number: a collision only costs a reading its short way.
+const COUNTERS: usize = 4096;
+
+/// How many host files may be open.
+const MOST: usize = 1024;
+
+/// The layers, and what was changed.
+#[derive(Debug)]
+pub(super) struct Shortcut {
+    layers: Vec<OwnedFd>,
+    changed: Vec<AtomicU64>,
+    open: Arc<AtomicUsize>,
+}
+
+/// A lower file, open on the host.
+#[derive(Debug)]
+pub(super) struct HostFile {
+    file: OwnedFd,
+    nodeid: u64,
+    changed: u64,
+    open: Arc<AtomicUsize>,
+}
+
+impl Drop for HostFile {
+    fn drop(&mut self) {
+        self.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Shortcut {
+    pub(super) fn open(layers: &[PathBuf]) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let layers = layers.iter().map(|path| rustix::fs::open(path, flags, Mode::empty()));
+        Ok(Self {
+            layers: layers.collect::<Result<_, _>>()?,
+            changed: (0..COUNTERS).map(|_| AtomicU64::new(0)).collect(),
+            open: Arc::default(),
+        })
+    }
+
+    fn counter(&self, nodeid: u64) -> &AtomicU64 {
+        &self.changed[nodeid as usize % COUNTERS]
+    }
+
+    /// How often this node was changed. From before the guest is asked for a hint.
+    pub(super) fn changed(&self, nodeid: u64) -> u64 {
+        self.counter(nodeid).load(Ordering::Acquire)
+    }
+
+    /// A request that may change a file's contents is about to be sent, or was just answered.
+    pub(super) fn note(&self, opcode: u32, nodeid: u64, body: &[u8]) {
+        let node = match opcode {
+            op::OPEN if opens_to_write(u32_at(body, 0)) => nodeid,
+            op::SETATTR if u32_at(body, 0) & flag::FATTR_SIZE != 0 => nodeid,
+            op::WRITE | op::FALLOCATE => nodeid,
+            op::COPY_FILE_RANGE => u64_at(body, 16),
+            _ => return,
+        };
+        self.counter(node).fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Opens the file that a hint names, if there is one and it is what the hint says.
+    pub(super) fn follow(&self, hint: &[u8], nodeid: u64, changed: u64) -> Option<HostFile> {
+        if hint.is_empty() || self.layers.is_empty() {
+            return None;
+        }
+        if self.open.fetch_add(1, Ordering::Relaxed) >= MOST {
+            self.open.fetch_sub(1, Ordering::Relaxed);
+            return None;
+        }
+        // From here on counted: dropping the result, or failing, counts back.
+        match self.find(hint) {
+            Ok(file) => Some(HostFile { file, nodeid, changed, open: Arc::clone(&self.open) }),
+            Err(error) => {
+                self.open.fetch_sub(1, Ordering::Relaxed);
+                tracing::debug!(%error, "a hint leads nowhere");
+                None
+            }
+        }
+    }
+
+    fn find(&self, hint: &[u8]) -> io::Result<OwnedFd> {
+        let (layer, facts, path) = parse(hint).map_err(io::Error::other)?;
+        let folder = self.layers.get(layer).ok_or_else(|| io::Error::other("no such layer"))?;
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let found = rustix::fs::openat2(folder, OsStr::from_bytes(path), flags, Mode::empty(), resolve)?;
+        let st = rustix::fs::fstat(&found)?;
+        let seen = (st.st_size.cast_unsigned(), st.st_mtime.cast_unsigned(), st.st_mtime_nsec as u32);
+        if st.st_mode & libc::S_IFMT != libc::S_IFREG || seen != facts {
+            return Err(io::Error::other("another file"));
+        }
+        let magic = format!("/proc/self/fd/{}", found.as_raw_fd());
+        let open = |flags| rustix::fs::open(&magic, OFlags::RDONLY | OFlags::CLOEXEC | flags, Mode::empty());
+        // An overlay leaves its lower files' access times alone; that takes owning them.
+        Ok(open(OFlags::NOATIME).or_else(|_| open(OFlags::empty()))?)
+    }
+
+    /// Reads, unless the file may have been changed.
+    pub(super) fn read(&self, host: &HostFile, offset: u64, into: &mut [u8]) -> Option<usize> {
+        if self.changed(host.nodeid) != host.changed {
+            return None;
+        }
+        let mut done = 0;
+        while done < into.len() {
+            match rustix::io::pread(&host.file, &mut into[done..], offset.checked_add(done as u64)?).ok()? {
+                0 => break,
+                count => done += count,
+            }
+        }
+        Some(done)
+    }
+}
+
+/// Layer; size and time of change; path.
+type Parsed<'a> = (usize, (u64, u64, u32), &'a [u8]);
+
+fn parse(hint: &[u8]) -> Result<Parsed<'_>, Malformed> {
+    let mut take = Take::new(hint);
+    let (size, seconds, nanoseconds) = (take.u64()?, take.u64()?, take.u32()?);
+    let layer = take.u32()? as usize;
+    Ok((layer, (size, seconds, nanoseconds), take.rest()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt, symlink};
+    use std::path::Path;
+
+    use super::*;
+    use crate::export::wire::codec::Put;
+
+    fn hint(layer: u32, path: &str, like: &Path) -> Vec<u8> {
+        let meta = fs::metadata(like).unwrap();
+        let mut hint = Vec::new();
+        hint.u64(meta.len()).u64(meta.mtime() as u64).u32(meta.mtime_nsec() as u32).u32(layer);
+        hint.bytes(path.as_bytes());
+        hint
+    }
+
+    #[test]
+    fn only_regular_files_beneath_a_layer_are_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let layer = dir.path().join("layer");
+        fs::create_dir_all(layer.join("sub")).unwrap();
+        fs::write(layer.join("sub/file"), "inside").unwrap();
+        fs::write(dir.path().join("secret"), "outsid").unwrap();
+        symlink("../secret", layer.join("link")).unwrap();
+        symlink("sub", layer.join("dirlink")).unwrap();
+        let shortcut = Shortcut::open(std::slice::from_ref(&layer)).unwrap();
+        let inside = layer.join("sub/file");
+        let follow = |hint: &[u8]| shortcut.follow(hint, 7, 0);
+        let host = follow(&hint(0, "sub/file", &inside)).unwrap();
+        let mut bytes = [0; 10];
+        assert_eq!(shortcut.read(&host, 2, &mut bytes), Some(4));
+        assert_eq!(&bytes[..4], b"side");
+        let secret = dir.path().join("secret");
+        for path in
+            ["../secret", "/etc/passwd", "link", "sub/../../secret", "", "sub", "dirlink/file", "sub/\0"]
+        {
+            assert!(follow(&hint(0, path, &secret)).is_none(), "{path}");
+            assert!(follow(&hint(0, path, &inside)).is_none(), "{path}");
+        }
+        assert!(follow(&hint(1, "sub/file", &inside)).is_none(), "no such layer");
+        assert!(follow(&hint(0, "sub/file", &layer)).is_none(), "other facts");
+        assert!(follow(b"short").is_none());
+        drop(host);
+        assert_eq!(shortcut.open.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_changed_file_is_not_read_here() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file"), "text").unwrap();
+        let shortcut = Shortcut::open(&[dir.path().to_owned()]).unwrap();
+        let host =
+            shortcut.follow(&hint(0, "file", &dir.path().join("file")), 7, shortcut.changed(7)).unwrap();
+        let mut read_only = Vec::new();
+        read_only.u32(0).u32(0);
+        shortcut.note(op::OPEN, 7, &read_only);
+        shortcut.note(op::WRITE, 8, &[]);
+        assert_eq!(shortcut.read(&host, 0, &mut [0; 9]), Some(4));
+        let mut to_write = Vec::new();
+        to_write.u32(libc::O_WRONLY as u32).u32(0);
+        shortcut.note(op::OPEN, 7, &to_write);
+        assert_eq!(shortcut.read(&host, 0, &mut [0; 9]), None);
+    }
+}

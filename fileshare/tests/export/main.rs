@@ -1,0 +1,20 @@
+//! The export without a VM: server and relay joined by socket pairs, under a real FUSE mount.
+//!
+//! What is served is a plain folder, or an overlay that the test mounts in a mount namespace of its own (only
+//! tests do that: there it stands for the guest's). Needs root.
+
+// Helpers of tests are tests too; clippy's own exception stops at #[test] functions.
+#![allow(clippy::unwrap_used)]
+
+mod apart;
+mod basics;
+mod corpus;
+mod differential;
+mod hostile;
+mod lock;
+mod overlay;
+mod random_io;
+mod rig;
+mod shortcut;
+mod sys;
+mod users;

@@ -1,0 +1,119 @@
+//! Large lower files, read on the host: the same bytes, also after somebody changed them.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use vmctr_fileshare::export::guest::{Layers, Server};
+use vmctr_fileshare::export::host::{Config, Writes};
+use vmctr_fileshare::export::wire::abi::op;
+
+use super::apart::Spec;
+use super::rig::{Mounted, Place, in_private_namespace};
+use super::sys::Shared;
+
+const LENGTH: usize = 8 << 20;
+
+fn content(at: usize) -> u8 {
+    (at / 4096 % 251) as u8
+}
+
+type Serve = fn(&Place, &Path, &Path) -> Mounted;
+
+fn on_layers(serve: Serve, test: impl FnOnce(&Mounted, &Place) + Send) {
+    in_private_namespace(|| {
+        let place = Place::new();
+        let lower = place.folder("lower");
+        fs::create_dir(lower.join("dir")).unwrap();
+        fs::write(lower.join("dir/big"), (0..LENGTH).map(content).collect::<Vec<_>>()).unwrap();
+        let merged = place.overlay("union", &lower);
+        let mounted = serve(&place, &merged, &lower);
+        test(&mounted, &place);
+        mounted.unmount();
+        assert_eq!(fs::read(lower.join("dir/big")).unwrap()[..4], [0; 4]);
+    });
+}
+
+/// Where the turns can be counted.
+fn within(place: &Place, merged: &Path, lower: &Path) -> Mounted {
+    let lower = lower.to_owned();
+    let layers = Layers::open(Some(&place.path("union/upper")), std::slice::from_ref(&lower)).unwrap();
+    let server = Server::new(merged).unwrap().with_layers(layers);
+    Mounted::serve(server, Config { layers: vec![lower], ..Config::new(place.folder("mnt")) })
+}
+
+/// Where the files can be mapped.
+fn apart(place: &Place, merged: &Path, lower: &Path) -> Mounted {
+    let layers = Some((place.path("union/upper"), lower.to_owned()));
+    let mountpoint = place.folder("mnt");
+    Mounted::apart(&Spec { folder: merged, mountpoint: &mountpoint, writes: Writes::Through, layers })
+}
+
+fn reads(mounted: &Mounted) -> u64 {
+    let of =
+        |wanted| mounted.export().turns().iter().find(|(opcode, _)| *opcode == wanted).map_or(0, |(_, n)| *n);
+    of(op::READ) + of(op::OPEN_READ)
+}
+
+#[test]
+fn a_large_lower_file_costs_one_turn() {
+    on_layers(within, |mounted, _| {
+        let bytes = fs::read(mounted.path("dir/big")).unwrap();
+        assert!(bytes.iter().zip(0..).all(|(byte, at)| *byte == content(at)));
+        assert_eq!(bytes.len(), LENGTH);
+        assert!(reads(mounted) <= 2, "{} reads went to the guest", reads(mounted));
+    });
+}
+
+#[test]
+fn who_reads_sees_what_others_write() {
+    on_layers(apart, |mounted, place| {
+        let reading = File::open(mounted.path("dir/big")).unwrap();
+        let mut bytes = [0; 4];
+        reading.read_at(&mut bytes, 0).unwrap();
+        let mapped = Shared::of(&reading, LENGTH, false).unwrap();
+        assert_eq!(mapped.get(4096), 1);
+        let writing = File::options().write(true).open(mounted.path("dir/big")).unwrap();
+        writing.write_at(b"new!", 4 << 20).unwrap();
+        writing.write_at(b"old?", 0).unwrap();
+        reading.read_at(&mut bytes, 4 << 20).unwrap();
+        assert_eq!(&bytes, b"new!");
+        reading.read_at(&mut bytes, 0).unwrap();
+        assert_eq!(&bytes, b"old?");
+        assert_eq!(mapped.get((4 << 20) + 2), b'w');
+        // Not read before the change, and not in the kernel's cache.
+        reading.read_at(&mut bytes, 6 << 20).unwrap();
+        assert_eq!(bytes[0], content(6 << 20));
+        writing.set_len(5 << 20).unwrap();
+        assert_eq!(reading.read_at(&mut bytes, 6 << 20).unwrap(), 0);
+        drop(writing);
+        rustix::fs::sync();
+        fs::write("/proc/sys/vm/drop_caches", "1").unwrap();
+        reading.read_at(&mut bytes, 4 << 20).unwrap();
+        assert_eq!(&bytes, b"new!");
+        assert_eq!(fs::read(place.path("union/upper/dir/big")).unwrap()[4 << 20..(4 << 20) + 4], *b"new!");
+    });
+}
+
+#[test]
+fn truncating_by_name_is_seen_too() {
+    on_layers(within, |mounted, _| {
+        let reading = File::open(mounted.path("dir/big")).unwrap();
+        let mut bytes = [0; 4];
+        reading.read_at(&mut bytes, 0).unwrap();
+        nix::unistd::truncate(&mounted.path("dir/big"), 2 << 20).unwrap();
+        nix::unistd::truncate(&mounted.path("dir/big"), 4 << 20).unwrap();
+        assert_eq!(reading.read_at(&mut bytes, 3 << 20).unwrap(), 4);
+        assert_eq!(bytes, [0; 4], "bytes beyond the cut came back");
+    });
+}
+
+#[test]
+fn files_of_renamed_folders_are_read_through_the_guest() {
+    on_layers(within, |mounted, _| {
+        fs::rename(mounted.path("dir"), mounted.path("moved")).unwrap();
+        let bytes = fs::read(mounted.path("moved/big")).unwrap();
+        assert!(bytes.iter().zip(0..).all(|(byte, at)| *byte == content(at)));
+        assert!(reads(mounted) > 2);
+    });
+}

@@ -1,0 +1,133 @@
+//! `vmctr union mount`: checks, starts the background process and waits for its word.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context as _, anyhow, bail};
+use serde::{Deserialize, Serialize};
+use vmctr_vmm::config::Config;
+
+use super::check::Plan;
+use super::options::Options;
+use super::record::{self, State};
+use crate::cli::UnionMount;
+use crate::failure::{Failure, Outcome, Verdict};
+
+/// The background process says no more than this.
+const MAX_ANSWER: u64 = 64 << 10;
+
+/// What the background process says, once.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// The mount is usable.
+    Ready,
+    /// It is not, and nothing is left.
+    Failed(String),
+}
+
+/// Mounts a union.
+pub fn run(config: &Config, args: &UnionMount) -> Outcome {
+    check_free(config, &args.mountpoint)?;
+    let options = Options::parse(&args.options.join(",")).map_err(|error| {
+        Failure::failed(error).hint("as in `-o lowerdir=A:B,upperdir=U,workdir=W MOUNTPOINT`")
+    })?;
+    let plan = Plan::check(options, &args.mountpoint)?;
+    match wait(start(config, &plan)?)? {
+        Answer::Ready => Ok(Verdict::Good),
+        Answer::Failed(why) => Err(anyhow!(why).into()),
+    }
+}
+
+/// A union that is there, or what is left of one.
+fn check_free(config: &Config, mountpoint: &Path) -> Result<(), Failure> {
+    let Ok(place) = record::resolve(mountpoint) else { return Ok(()) };
+    let shown = place.display();
+    match record::find(&config.run_dir, &place)?.map(|union| union.state()) {
+        None | Some(State::Changing) => Ok(()),
+        Some(State::Dead) if !record::is_mounted(&place) => Ok(()),
+        Some(State::Mounted) => Err(anyhow!("A union is mounted on {shown} already").into()),
+        Some(State::Lost | State::Dead) => {
+            Err(Failure::failed(anyhow!("What is left of a union is on {shown}"))
+                .hint(format!("`vmctr union umount {shown}` clears it")))
+        }
+    }
+}
+
+fn start(config: &Config, plan: &Plan) -> anyhow::Result<Child> {
+    let mut command = Command::new(std::env::current_exe().context("Cannot find this program")?);
+    command.args(["union", "serve"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    if std::env::var_os("RUST_LOG").is_none() {
+        command.env("RUST_LOG", config.log.level.as_str());
+    }
+    let mut child = command.current_dir("/").spawn().context("Cannot start the background process")?;
+    let order = serde_json::to_vec(plan)?;
+    let mut stdin = child.stdin.take().context("The background process has no input")?;
+    stdin.write_all(&order).context("Cannot tell the background process what to mount")?;
+    Ok(child)
+}
+
+fn wait(mut child: Child) -> anyhow::Result<Answer> {
+    let stdout = child.stdout.take().context("The background process has no output")?;
+    let mut text = String::new();
+    stdout.take(MAX_ANSWER).read_to_string(&mut text).context("The background process")?;
+    if text.is_empty() {
+        let status = child.wait().context("The background process")?;
+        bail!("The background process ended without a word ({status})");
+    }
+    serde_json::from_str(&text).context("The background process speaks nonsense")
+}
+
+/// The arguments as mount(8) gives them; `None` when it wants nothing done (`-f`).
+pub fn helper_args(args: impl Iterator<Item = OsString>) -> Result<Option<UnionMount>, Failure> {
+    let (mut places, mut options, mut fake) = (Vec::new(), Vec::new(), false);
+    let mut args = args.map(|arg| arg.into_string().map_err(|arg| anyhow!("{} is not UTF-8", arg.display())));
+    while let Some(arg) = args.next().transpose()? {
+        let mut value = || args.next().transpose()?.with_context(|| format!("{arg} lacks its value"));
+        match arg.as_str() {
+            "-o" => options.push(value()?),
+            "-t" => drop(value()?),
+            "-f" => fake = true,
+            "-n" | "-s" | "-v" => {}
+            _ if arg.starts_with('-') => return Err(anyhow!("Option {arg} is not known").into()),
+            _ => places.push(arg),
+        }
+    }
+    let [_, mountpoint] = places.as_slice() else {
+        return Err(anyhow!("usage: mount.fuse.vmctr vmctr MOUNTPOINT -o lowerdir=A[:B...],...").into());
+    };
+    Ok((!fake).then(|| UnionMount { options, mountpoint: PathBuf::from(mountpoint) }))
+}
+
+/// Says the word, from the background process. Standard output ends with it.
+pub fn answer(answer: &Answer) -> anyhow::Result<()> {
+    let mut stdout = std::io::stdout();
+    stdout.write_all(&serde_json::to_vec(answer)?)?;
+    stdout.flush()?;
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdout(&null)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(args: &[&str]) -> Result<Option<UnionMount>, Failure> {
+        helper_args(args.iter().map(OsString::from))
+    }
+
+    #[test]
+    fn mounts_arguments_are_understood() {
+        let args = ["vmctr", "/mnt", "-s", "-o", "rw,lowerdir=/a", "-t", "fuse.vmctr"];
+        let args = parsed(&args).unwrap().unwrap();
+        assert_eq!((args.options, args.mountpoint), (vec!["rw,lowerdir=/a".into()], "/mnt".into()));
+        assert!(parsed(&["vmctr", "/mnt", "-f"]).unwrap().is_none());
+        assert!(parsed(&["vmctr"]).is_err());
+        assert!(parsed(&["vmctr", "/mnt", "-o"]).is_err());
+        assert!(parsed(&["vmctr", "/mnt", "-x"]).is_err());
+    }
+}

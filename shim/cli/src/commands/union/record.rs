@@ -1,0 +1,174 @@
+//! What is known of the unions of this host: their run directories, and the kernel's mount table.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use vmctr_vmm::run_dir::{self, Entry, Owner, Role, RunDirError, RunKey};
+
+use super::check::Plan;
+
+/// Stands where containers have containerd's namespace.
+const NAMESPACE: &str = "vmctr-union";
+
+const FILE: &str = "union.json";
+const LOG: &str = "log";
+
+/// The mount's type in /proc/mounts.
+const TYPE: &str = "fuse.vmctr";
+
+/// A union that has a run directory.
+#[derive(Debug)]
+pub struct Union {
+    /// Its run directory.
+    pub entry: Entry,
+    /// Where it is, or was, mounted.
+    pub mountpoint: PathBuf,
+    /// What it is; none while it is being made, or if the file is damaged.
+    pub plan: Option<Plan>,
+}
+
+/// How it is with a union.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It works.
+    Mounted,
+    /// It is being mounted, or its changes are being written to disk.
+    Changing,
+    /// Its VM has ended: all that is asked of it fails.
+    Lost,
+    /// Its process has ended: only leftovers are there.
+    Dead,
+}
+
+impl State {
+    /// As it is shown.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Mounted => "mounted",
+            Self::Changing => "changing",
+            Self::Lost => "lost",
+            Self::Dead => "dead",
+        }
+    }
+}
+
+/// Who owns a union's run directory.
+pub fn owner(mountpoint: &Path) -> Owner {
+    Owner {
+        namespace: NAMESPACE.to_owned(),
+        container_id: mountpoint.display().to_string(),
+        bundle: mountpoint.to_owned(),
+    }
+}
+
+/// Writes down what a union is.
+pub fn write(dir: &Path, plan: &Plan) -> io::Result<()> {
+    let whole = dir.join(FILE);
+    let part = whole.with_extension("tmp");
+    fs::write(&part, serde_json::to_vec_pretty(plan)?)?;
+    fs::rename(part, whole)
+}
+
+/// Where the background process writes what it has to say.
+pub fn log(dir: &Path) -> PathBuf {
+    dir.join(LOG)
+}
+
+/// All unions, in the order of their mountpoints.
+pub fn list(run_dir: &Path) -> Result<Vec<Union>, RunDirError> {
+    let mut unions: Vec<_> = run_dir::list(run_dir)?.into_iter().filter_map(Union::of).collect();
+    unions.sort_by(|a, b| a.mountpoint.cmp(&b.mountpoint));
+    Ok(unions)
+}
+
+/// The union at a mountpoint.
+pub fn find(run_dir: &Path, mountpoint: &Path) -> Result<Option<Union>, RunDirError> {
+    Ok(Entry::open(run_dir, &RunKey::of_bundle(mountpoint))?.and_then(Union::of))
+}
+
+impl Union {
+    fn of(entry: Entry) -> Option<Self> {
+        if entry.meta.owner.namespace != NAMESPACE {
+            return None;
+        }
+        let mountpoint = entry.meta.owner.bundle.clone();
+        let plan = fs::read(entry.path.join(FILE)).ok();
+        let plan = plan.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        Some(Self { entry, mountpoint, plan })
+    }
+
+    /// How it is with it now.
+    pub fn state(&self) -> State {
+        let live = |role| self.process(role).is_some();
+        match (live(Role::Shim), live(Role::Qemu)) {
+            (false, _) => State::Dead,
+            (true, true) if is_mounted(&self.mountpoint) => State::Mounted,
+            (true, false) if is_mounted(&self.mountpoint) => State::Lost,
+            (true, _) => State::Changing,
+        }
+    }
+
+    /// The live process with this role.
+    pub fn process(&self, role: Role) -> Option<u32> {
+        self.entry.meta.live_processes().into_iter().find(|process| process.role == role).map(|live| live.pid)
+    }
+}
+
+/// Whether a union is mounted there.
+pub fn is_mounted(mountpoint: &Path) -> bool {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    table.lines().filter_map(mount).any(|(point, kind)| kind == TYPE && Path::new(&point) == mountpoint)
+}
+
+/// Mountpoint and type of a line of mountinfo.
+fn mount(line: &str) -> Option<(String, &str)> {
+    let (left, right) = line.split_once(" - ")?;
+    Some((plain(left.split(' ').nth(4)?), right.split(' ').next()?))
+}
+
+/// The kernel writes spaces and the like as a backslash and three octal digits.
+fn plain(text: &str) -> String {
+    let mut parts = text.split('\\');
+    let mut plain = parts.next().unwrap_or_default().as_bytes().to_vec();
+    for part in parts {
+        let code = part.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        plain.extend(code);
+        plain.extend_from_slice(part.get(3..).unwrap_or_default().as_bytes());
+    }
+    String::from_utf8_lossy(&plain).into_owned()
+}
+
+/// A mountpoint as it was recorded: absolute, without symbolic links. The mount itself is not asked, which may not
+/// answer any more.
+pub fn resolve(mountpoint: &Path) -> io::Result<PathBuf> {
+    let full = std::path::absolute(mountpoint)?;
+    let (Some(parent), Some(name)) = (full.parent(), full.file_name()) else { return Ok(full) };
+    let place = fs::canonicalize(parent)?.join(name);
+    match fs::read_link(&place) {
+        Ok(_) => fs::canonicalize(&place),
+        Err(_) => Ok(place),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mount_table_is_read_with_its_escapes() {
+        let line = r"36 35 0:55 / /mnt/a\040b\134 rw,nosuid shared:1 - fuse.vmctr vmctr rw,user_id=0";
+        assert_eq!(mount(line), Some((r"/mnt/a b\".to_owned(), "fuse.vmctr")));
+        assert_eq!(mount("nonsense"), None);
+    }
+
+    #[test]
+    fn a_mountpoint_is_resolved_by_its_parent() {
+        let dir = tempfile::tempdir().unwrap();
+        let real = dir.path().canonicalize().unwrap().join("real");
+        fs::create_dir_all(real.join("mnt")).unwrap();
+        std::os::unix::fs::symlink(&real, dir.path().join("link")).unwrap();
+        assert_eq!(resolve(&dir.path().join("link/mnt")).unwrap(), real.join("mnt"));
+        assert_eq!(resolve(&dir.path().join("link")).unwrap(), real);
+    }
+}

@@ -1,0 +1,70 @@
+//! `vmctr union umount`: takes the mount away and waits until its changes are on disk and its VM is gone.
+
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, anyhow};
+use rustix::io::Errno;
+use vmctr_fileshare::export::host::unmount;
+use vmctr_vmm::config::Config;
+use vmctr_vmm::run_dir;
+
+use super::record::{self, State};
+use crate::cli::UnionUmount;
+use crate::failure::{Failure, Outcome, Verdict};
+
+/// As long as writing to disk may take.
+const PATIENCE: Duration = Duration::from_secs(330);
+const POLL: Duration = Duration::from_millis(20);
+
+/// Unmounts, and clears up after a process that was killed.
+pub fn run(config: &Config, args: &UnionUmount) -> Outcome {
+    let shown = args.mountpoint.display();
+    let place = record::resolve(&args.mountpoint).with_context(|| format!("Cannot use {shown}"))?;
+    let known = record::find(&config.run_dir, &place)?;
+    if record::is_mounted(&place) {
+        take_away(&place, args.lazy)?;
+    } else if known.is_none() {
+        return Err(Failure::not_found(anyhow!("No union is mounted on {shown}")));
+    }
+    // Whoever still has a file open keeps the VM.
+    if !args.lazy {
+        wait_for_end(config, &place)?;
+    }
+    clear_up(config, &place)?;
+    Ok(Verdict::Good)
+}
+
+fn take_away(place: &Path, lazy: bool) -> Result<(), Failure> {
+    let shown = place.display();
+    unmount(place, lazy).map_err(|error| {
+        let busy = error.raw_os_error() == Some(Errno::BUSY.raw_os_error());
+        let failure = Failure::failed(anyhow!(error).context(format!("Cannot unmount {shown}")));
+        if busy {
+            failure.hint("`-l` takes it away now and ends it when nobody uses it any more")
+        } else {
+            failure
+        }
+    })
+}
+
+fn wait_for_end(config: &Config, place: &Path) -> anyhow::Result<()> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match record::find(&config.run_dir, place)?.map(|union| union.state()) {
+            None | Some(State::Dead) => return Ok(()),
+            Some(_) if Instant::now() < until => sleep(POLL),
+            Some(_) => return Err(anyhow!("The union's process does not end")),
+        }
+    }
+}
+
+fn clear_up(config: &Config, place: &Path) -> anyhow::Result<()> {
+    if let Some(union) = record::find(&config.run_dir, place)?
+        && union.state() == State::Dead
+    {
+        run_dir::cleanup(&config.run_dir, &union.entry.key)?;
+    }
+    Ok(())
+}
