@@ -153,7 +153,7 @@ mod tests {
 
     use super::*;
 
-    fn entry(text: &str, platform: serde_json::Value) -> serde_json::Value {
+    fn entry(text: &str, platform: &serde_json::Value) -> serde_json::Value {
         json!({"mediaType": "m", "digest": Digest::of(text.as_bytes()), "size": 1, "platform": platform})
     }
 
@@ -161,9 +161,9 @@ mod tests {
     fn an_index_leads_to_this_machines_manifest() {
         let here = json!({"os": "linux", "architecture": crate::config::architecture()});
         let index = json!({"manifests": [
-            entry("other", json!({"os": "linux", "architecture": "s390x"})),
-            entry("unknown", json!({"os": "unknown", "architecture": "unknown"})),
-            entry("ours", here),
+            entry("other", &json!({"os": "linux", "architecture": "s390x"})),
+            entry("unknown", &json!({"os": "unknown", "architecture": "unknown"})),
+            entry("ours", &here),
         ]});
         let Document::Index { manifests } = parse(index.to_string().as_bytes(), &Digest::of(b"")).unwrap()
         else {
