@@ -99,12 +99,14 @@ impl Rig {
         rig
     }
 
-    /// A rig for measuring: as [`Rig::vmctr`], but it logs no more than in use.
+    /// A rig for measuring: as [`Rig::vmctr`], but it logs no more than in use, and a pool may keep one VM.
     pub fn measuring() -> Self {
         let guest_dir = prerequisites::guest_dir();
         prerequisites::binary("containerd-shim-vmctr-v2");
-        let rig = Self::start(VMCTR, "", LogLevel::Info, |config| environment(config, &guest_dir));
+        let pool = "[pool]\nsize = 1\n";
+        let rig = Self::start(VMCTR, pool, LogLevel::Info, |config| environment(config, &guest_dir));
         rig.import_busybox(&[]);
+        rig.make_template();
         rig
     }
 

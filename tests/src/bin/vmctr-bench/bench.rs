@@ -18,11 +18,19 @@ pub struct Subject {
     annotations: &'static [(&'static str, &'static str)],
 }
 
-/// In the order of their turns.
-pub const SUBJECTS: [Subject; 2] = [
-    Subject { name: "vmctr", runtime: VMCTR, annotations: &[] },
-    Subject { name: REFERENCE, runtime: RUNC, annotations: &[] },
-];
+const TEMPLATE: Subject = Subject { name: "vmctr", runtime: VMCTR, annotations: &[] };
+const COLD: Subject = Subject { name: "cold", runtime: VMCTR, annotations: &[("io.vmctr.start", "cold")] };
+const POOL: Subject = Subject { name: "pool", runtime: VMCTR, annotations: &[("io.vmctr.start", "pool")] };
+const RUNC_ITSELF: Subject = Subject { name: REFERENCE, runtime: RUNC, annotations: &[] };
+
+/// In the order of their turns. vmctr starts from a template, as it does unless told otherwise.
+pub const SUBJECTS: [Subject; 2] = [TEMPLATE, RUNC_ITSELF];
+
+/// Where the way to start matters.
+pub const STARTS: [Subject; 3] = [TEMPLATE, COLD, RUNC_ITSELF];
+
+/// Takes waiting VMs. Measured apart: making the next one would disturb the others.
+pub const POOLED: [Subject; 1] = [POOL];
 
 /// Who commits beside vmctr.
 pub const BUILDAH: Subject = Subject { name: "buildah", runtime: RUNC, annotations: &[] };
@@ -84,9 +92,20 @@ impl<'rig> Bench<'rig> {
     }
 
     /// Calls `one` so many times for each subject in turn.
-    pub fn alternate(&mut self, what: &str, times: usize, mut one: impl FnMut(&mut Self, &'static Subject)) {
+    pub fn alternate(&mut self, what: &str, times: usize, one: impl FnMut(&mut Self, &'static Subject)) {
+        self.alternate_among(&SUBJECTS, what, times, one);
+    }
+
+    /// The same for other subjects.
+    pub fn alternate_among(
+        &mut self,
+        subjects: &'static [Subject],
+        what: &str,
+        times: usize,
+        mut one: impl FnMut(&mut Self, &'static Subject),
+    ) {
         for turn in 1..=times {
-            for subject in &SUBJECTS {
+            for subject in subjects {
                 progress(what, &format!("{} {turn} of {times}", subject.name));
                 one(self, subject);
             }

@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::time::Instant;
 
-use super::bench::{Bench, Subject, in_foreground};
+use super::bench::{Bench, STARTS, Subject, in_foreground};
 use super::results::Unit::Seconds;
 
 const NAME: &str = "concurrent";
@@ -13,7 +13,7 @@ const COUNTS: [usize; 2] = [2, 5];
 pub fn measure(bench: &mut Bench) {
     let repeats = bench.repeats(5);
     for count in bench.sizes(&COUNTS) {
-        bench.alternate(NAME, repeats, |bench, subject| together(bench, subject, *count));
+        bench.alternate_among(&STARTS, NAME, repeats, |bench, subject| together(bench, subject, *count));
     }
 }
 

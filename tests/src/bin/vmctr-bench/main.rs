@@ -18,6 +18,7 @@ mod concurrent;
 mod log;
 mod machine;
 mod memory;
+mod pool;
 mod results;
 mod samples;
 mod share;

@@ -1,7 +1,9 @@
 //! From the call of `ctr run --rm` to the container's first output and to the end, and the parts of the first.
 //!
 //! ```text
-//!   ctr ─> containerd ─> shim serves │ prepare share spawn boot hello mount create │ .. │ start │ output
+//!   ctr ─> containerd ─> shim serves │ prepare spawn boot hello mount create │ .. │ start │ output      cold
+//!                                    │ prepare spawn copy restore resume hello mount ...                template
+//!                                    │ prepare take plug mount ...                                      pool
 //!   └──── until the shim serves ─────┘ └─────────── the shim's own steps ───────────────────────┘
 //!   └────────────────────────────── first output ────────────────────────────────────────────────────┘
 //! ```
@@ -9,15 +11,21 @@
 use std::io::{self, Read};
 use std::time::{Duration, SystemTime};
 
-use super::bench::{Bench, Subject, in_foreground};
+use super::bench::{Bench, POOLED, STARTS, Subject, in_foreground};
 use super::log;
+use super::pool::Pool;
 use super::results::Unit::Seconds;
 
 const NAME: &str = "start";
 
 pub fn measure(bench: &mut Bench) {
     let repeats = bench.repeats(10);
-    bench.alternate(NAME, repeats, one);
+    bench.alternate_among(&STARTS, NAME, repeats, one);
+    let pool = Pool::start(bench.rig);
+    bench.alternate_among(&POOLED, NAME, repeats, |bench, subject| {
+        pool.wait_until_filled();
+        one(bench, subject);
+    });
 }
 
 fn one(bench: &mut Bench, subject: &'static Subject) {
