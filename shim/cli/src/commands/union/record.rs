@@ -82,9 +82,17 @@ pub fn list(run_dir: &Path) -> Result<Vec<Union>, RunDirError> {
     Ok(unions)
 }
 
-/// The union at a mountpoint.
+/// The union at a mountpoint. One whose directory is just being filled or removed is none.
 pub fn find(run_dir: &Path, mountpoint: &Path) -> Result<Option<Union>, RunDirError> {
-    Ok(Entry::open(run_dir, &RunKey::of_bundle(mountpoint))?.and_then(Union::of))
+    match Entry::open(run_dir, &RunKey::of_bundle(mountpoint)) {
+        Err(RunDirError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        entry => Ok(entry?.and_then(Union::of)),
+    }
+}
+
+/// Whether there are files of a union at this mountpoint.
+pub fn has_files(run_dir: &Path, mountpoint: &Path) -> bool {
+    run_dir.join(RunKey::of_bundle(mountpoint).as_str()).exists()
 }
 
 impl Union {

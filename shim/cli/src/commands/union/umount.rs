@@ -53,9 +53,10 @@ fn wait_for_end(config: &Config, place: &Path) -> anyhow::Result<()> {
     let until = Instant::now() + PATIENCE;
     loop {
         match record::find(&config.run_dir, place)?.map(|union| union.state()) {
-            None | Some(State::Dead) => return Ok(()),
-            Some(_) if Instant::now() < until => sleep(POLL),
-            Some(_) => return Err(anyhow!("The union's process does not end")),
+            Some(State::Dead) => return Ok(()),
+            None if !record::has_files(&config.run_dir, place) => return Ok(()),
+            _ if Instant::now() < until => sleep(POLL),
+            _ => return Err(anyhow!("The union's process does not end")),
         }
     }
 }
