@@ -56,9 +56,9 @@ fn what_belongs_to_the_host_cannot_be_had_in_a_vm() {
 #[test]
 fn a_configuration_error_names_file_line_and_key() {
     let rig = Rig::vmctr_with("[vm]\nmemroy = \"1GiB\"\n");
-    rig.container("a").sh("true").output().fails_naming(&["vmctr.toml:3", "memroy"]);
+    rig.container("a").sh("true").output().fails_naming(&["vmctr.toml:4", "memroy"]);
     let rig = Rig::vmctr_with("[vm]\nmemory = \"some\"\n");
-    rig.container("b").sh("true").output().fails_naming(&["vmctr.toml:3", "some"]);
+    rig.container("b").sh("true").output().fails_naming(&["vmctr.toml:4", "some"]);
 }
 
 #[test]
