@@ -312,7 +312,7 @@ fn mount_8_mounts_a_union() {
     let script = format!(
         "mount -t overlay overlay -o lowerdir=$PWD/bin:/usr/sbin /usr/sbin\n\
          mount -t fuse.vmctr vmctr $PWD/mnt -o {}\n\
-         grep -o 'vmctr .* fuse.vmctr' /proc/mounts | wc -l\n\
+         grep \"vmctr $PWD/mnt fuse.vmctr \" /proc/mounts | wc -l\n\
          cat mnt/shared; echo new > mnt/new; umount $PWD/mnt",
         place.options()
     );
@@ -322,4 +322,54 @@ fn mount_8_mounts_a_union() {
     run(&mut mount).ok().prints("1\ntop");
     eventually("the union is gone", PATIENCE, || place.list().is_empty());
     assert_eq!(place.text("upper/new"), "new\n");
+}
+
+#[test]
+fn fifty_lower_folders_are_one() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    let lower = |number: u32| {
+        let folder = rig.new_folder(&format!("lower{number}"));
+        fs::write(folder.join(format!("of{number}")), "").expect("writable");
+        fs::write(folder.join("common"), number.to_string()).expect("writable");
+        folder.display().to_string()
+    };
+    let lowers: Vec<_> = (0..50).map(lower).collect();
+    place.try_mount(&format!("lowerdir={}", lowers.join(":")), "mnt").ok();
+    assert_eq!(fs::read_dir(place.at("mnt")).expect("readable").count(), 51);
+    assert_eq!(place.text("mnt/common"), "0");
+    place.umount();
+}
+
+#[test]
+fn many_processes_work_in_a_union_at_the_same_time() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    place.mount();
+    let writers = "for i in $(seq 64); do (for j in 1 2 3; do echo $i-$j >> mnt/changed; mkdir -p mnt/many/$i; \
+                   echo $j > mnt/many/$i/$j; done) & done; wait; wc -l < mnt/changed; find mnt/many -type f | wc -l";
+    place.shell(writers).ok().prints("193\n192");
+    let locks =
+        "flock -n mnt/shared sh -c 'flock -n mnt/shared true || echo refused'; flock -n mnt/shared echo free";
+    place.shell(locks).ok().prints("refused\nfree");
+    place.umount();
+    assert_eq!(place.text("upper/changed").lines().count(), 193);
+}
+
+#[test]
+fn a_full_disk_is_told_and_the_union_goes_on() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    let small = rig.new_folder("small").display().to_string();
+    run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=4m", "small", &small])).ok();
+    place.shell("mkdir small/upper small/work").ok();
+    let base = place.at("base").display().to_string();
+    place.try_mount(&format!("lowerdir={base},upperdir={small}/upper,workdir={small}/work"), "mnt").ok();
+    let full = fs::write(place.at("mnt/big"), vec![0; 8 << 20]).expect_err("the disk is full");
+    assert_eq!(full.raw_os_error(), Some(nix::libc::ENOSPC));
+    place.shell("rm mnt/big; echo fits > mnt/fits; sync -f mnt/fits").ok();
+    assert_eq!(place.text("mnt/fits"), "fits\n");
+    place.umount();
+    assert_eq!(place.text("small/upper/fits"), "fits\n");
+    run(Command::new("umount").arg(&small)).ok();
 }
