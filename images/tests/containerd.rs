@@ -224,7 +224,9 @@ fn a_commit_that_fails_leaves_nothing_in_containerd() {
         commit(&daemon, &[upper.clone(), lower.clone()], base.clone(), "test/new", "overlayfs").unwrap_err();
     assert!(error.contains("ReservedName"), "{error}");
     assert_eq!(daemon.ctr(&["content", "active"]).lines().count(), 1);
-    assert_eq!(daemon.ctr(&["content", "ls", "-q"]), blobs);
+    // The garbage collection that ends a commit may also take what the import left.
+    let left = daemon.ctr(&["content", "ls", "-q"]);
+    assert!(left.lines().all(|blob| blobs.contains(blob)), "{left}");
     assert_eq!(daemon.ctr(&["snapshots", "ls"]), snapshots);
     assert!(!daemon.ctr(&["image", "ls", "-q"]).contains("test/new"));
 

@@ -36,9 +36,29 @@ pub enum Error {
 
 /// Archives `folder` into `out`.
 pub fn write(folder: &Path, out: impl Write) -> Result<(), Error> {
+    let out = Whole { out, failed: false };
     let mut archive = Archive { tar: Builder::new(out), links: HashMap::new(), path: Vec::new() };
-    archive.folder(folder)?;
+    if let Err(error) = archive.folder(folder) {
+        archive.tar.get_mut().failed = true;
+        return Err(error);
+    }
     archive.tar.into_inner().and_then(|mut out| out.flush()).map_err(Error::Send)
+}
+
+/// An archive that ended early must not look whole: what is dropped would write an end mark.
+struct Whole<W> {
+    out: W,
+    failed: bool,
+}
+
+impl<W: Write> Write for Whole<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.failed { Err(io::ErrorKind::BrokenPipe.into()) } else { self.out.write(bytes) }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
 }
 
 struct Archive<W: Write> {

@@ -166,6 +166,8 @@ impl<R: Read> LayerReader<R> {
         }
         let mut block = [0; BLOCK];
         match self.fill(&mut block)? {
+            // Layers without an end mark are about; of a folder that is sent, half might be missing.
+            0 if self.literal => return Err(self.damaged("the archive ends there without an end mark")),
             0 => self.ended = true,
             BLOCK if block == [0; BLOCK] => self.end()?,
             BLOCK if Raw(&block).is_intact() => return Ok(Some(block)),
