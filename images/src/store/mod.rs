@@ -7,9 +7,11 @@ mod archive;
 pub mod containerd;
 mod files;
 mod layout;
+mod stream;
 
 pub use archive::write_archive;
 pub use layout::Layout;
+pub use stream::StreamReader;
 
 use std::io;
 use std::path::PathBuf;

@@ -1,15 +1,13 @@
 //! What containerd has: an image's manifest and config, and its blobs.
 
-use std::io::{self, Read};
-
 use containerd_client::services::v1::{GetImageRequest, ReadContentRequest, ReadContentResponse};
 use containerd_client::tonic::{Code, Streaming};
 use serde::Deserialize;
-use tokio::runtime::Handle;
 
 use super::{ContainerdError, Doing, Store};
 use crate::config::{Base, Descriptor};
 use crate::digest::{DiffId, Digest};
+use crate::store::StreamReader;
 
 /// Largest manifest, index or config: containerd's own limit on manifests.
 const JSON_MAX: usize = 8 << 20;
@@ -91,7 +89,7 @@ impl Store {
     /// Opens a blob for a thread that may block; `None` if it is gone.
     pub async fn open(&self, digest: &Digest) -> Result<Option<BlobReader>, ContainerdError> {
         let stream = self.stream(digest).await?;
-        Ok(stream.map(|stream| BlobReader { runtime: Handle::current(), stream, piece: vec![], read: 0 }))
+        Ok(stream.map(|stream| StreamReader::new(stream, |piece| piece.data)))
     }
 
     async fn stream(
@@ -123,29 +121,8 @@ fn for_this_machine(manifests: Vec<Descriptor>) -> Option<Descriptor> {
     manifests.into_iter().find(fits)
 }
 
-/// A blob's bytes.
-pub struct BlobReader {
-    runtime: Handle,
-    stream: Streaming<ReadContentResponse>,
-    piece: Vec<u8>,
-    read: usize,
-}
-
-impl Read for BlobReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.read == self.piece.len() {
-            let next = self.runtime.block_on(self.stream.message());
-            match next.map_err(|status| io::Error::other(status.message().to_owned()))? {
-                Some(piece) => (self.piece, self.read) = (piece.data, 0),
-                None => return Ok(0),
-            }
-        }
-        let count = buffer.len().min(self.piece.len() - self.read);
-        buffer[..count].copy_from_slice(&self.piece[self.read..self.read + count]);
-        self.read += count;
-        Ok(count)
-    }
-}
+/// A blob's bytes, for a thread that may block.
+pub type BlobReader = StreamReader<ReadContentResponse>;
 
 #[cfg(test)]
 mod tests {

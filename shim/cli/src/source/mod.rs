@@ -23,6 +23,7 @@ use crate::container::Container;
 use crate::control::{self, Hold};
 use crate::failure::Failure;
 pub use spool::Archive;
+use spool::archive;
 pub use still::Still;
 
 /// A container's layers, readable.
@@ -66,7 +67,7 @@ impl Source {
     /// Its root as its processes see it; `None` without a VM.
     pub async fn merged(&self) -> Result<Option<Archive>, Failure> {
         let Some(socket) = &self.socket else { return Ok(None) };
-        Ok(control::read_merged(socket).await?.map(Archive::of))
+        Ok(control::read_merged(socket).await?.map(archive))
     }
 }
 
