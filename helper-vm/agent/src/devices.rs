@@ -19,11 +19,13 @@ const RESCAN: &str = "/sys/bus/pci/rescan";
 /// Between two looks: short, as a restored VM sleeps through it once, on the average through half of it.
 const PAUSE: Duration = Duration::from_millis(4);
 
-/// Returns when the guest has a context ID, so a vsock device that works.
-pub async fn wait() -> io::Result<()> {
+/// Returns when the guest has a context ID, so a vsock device that works. A guest that has to wait, as its VM
+/// becomes a template, prepares itself first.
+pub async fn wait<E: From<io::Error>>(prepare: impl Future<Output = Result<(), E>>) -> Result<(), E> {
     if is_there()? {
         return Ok(());
     }
+    prepare.await?;
     console::info(TEMPLATE_POINT);
     loop {
         tokio::time::sleep(PAUSE).await;

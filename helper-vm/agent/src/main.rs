@@ -6,6 +6,7 @@
 //!               service     gRPC on vsock AGENT, thin: each call becomes one verb
 //!               verbs       create, exec, start, ... : the steps of a call, waiting outside the actor
 //!               devices     waits for the vsock device, which a VM from a template gets after its start
+//!               network     a network namespace made ahead
 //!               identity    makes randomness and clock this VM's own
 //!               guest       the actor: sole owner of containers, processes, events; reaps
 //!               archive     a guest-side upper folder as a tar stream
@@ -27,6 +28,7 @@ mod exports;
 mod guest;
 mod identity;
 mod ids;
+mod network;
 mod rootfs;
 mod runtime;
 mod service;

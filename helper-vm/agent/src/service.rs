@@ -42,6 +42,7 @@ pub fn serve() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let (guest, actor) = guest::start().context("starting the actor")?;
+        let rehearsal = verbs::rehearse(guest.clone());
         let agent = listen(ports::AGENT)?;
         tokio::spawn(accept(listen(ports::STDIO)?, guest.clone()));
         let exports = Exports::listen().with_context(|| format!("vsock port {}", ports::EXPORT))?;
@@ -49,7 +50,8 @@ pub fn serve() -> anyhow::Result<()> {
         let server =
             tokio::spawn(Server::builder().add_service(service).serve_with_incoming(agent.incoming()));
         console::info(concat!("version ", env!("CARGO_PKG_VERSION"), " serves"));
-        devices::wait().await.context("waiting for the vsock device")?;
+        let rehearsed = async { rehearsal.await.context("rehearsing a container") };
+        devices::wait(rehearsed).await.context("waiting for the vsock device")?;
         tell_ready().await;
         tokio::select! {
             served = server => served?.context("serving gRPC"),

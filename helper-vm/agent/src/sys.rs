@@ -105,12 +105,10 @@ struct BpfAttach {
     attach_flags: u32,
 }
 
-/// Makes a program decide over all device accesses from a control group, instead of an earlier one.
-pub fn attach_device_program(group: BorrowedFd<'_>, program: &[BpfInstruction]) -> io::Result<()> {
+/// Has the kernel check and compile a program that decides over device accesses.
+pub fn load_device_program(program: &[BpfInstruction]) -> io::Result<OwnedFd> {
     const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-    const BPF_CGROUP_DEVICE: u32 = 6;
     const BPF_PROG_LOAD: libc::c_int = 5;
-    const BPF_PROG_ATTACH: libc::c_int = 8;
     let load = BpfLoad {
         prog_type: BPF_PROG_TYPE_CGROUP_DEVICE,
         insn_cnt: u32::try_from(program.len()).map_err(io::Error::other)?,
@@ -123,10 +121,16 @@ pub fn attach_device_program(group: BorrowedFd<'_>, program: &[BpfInstruction]) 
     // SAFETY: the kernel reads `insn_cnt` instructions of 8 bytes and a C string, which live across the call.
     let loaded = unsafe { bpf(BPF_PROG_LOAD, &load) }?;
     // SAFETY: BPF_PROG_LOAD returned a new descriptor, owned by nobody else.
-    let loaded = unsafe { OwnedFd::from_raw_fd(loaded) };
+    Ok(unsafe { OwnedFd::from_raw_fd(loaded) })
+}
+
+/// Makes a loaded program decide over all device accesses from a control group, instead of an earlier one.
+pub fn attach_device_program(group: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    const BPF_CGROUP_DEVICE: u32 = 6;
+    const BPF_PROG_ATTACH: libc::c_int = 8;
     let attach = BpfAttach {
         target_fd: group.as_raw_fd().cast_unsigned(),
-        attach_bpf_fd: loaded.as_raw_fd().cast_unsigned(),
+        attach_bpf_fd: program.as_raw_fd().cast_unsigned(),
         attach_type: BPF_CGROUP_DEVICE,
         attach_flags: 0,
     };

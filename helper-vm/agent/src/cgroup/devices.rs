@@ -10,10 +10,17 @@
 //!                                  deny:   if r3 & accesses return 0
 //!   return 0
 //! ```
+//!
+//! The kernel takes long to check and compile a program, above all on an emulated CPU, and containers rarely differ
+//! in their rules: the last program stays loaded, in a template's memory too.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use libcontainer::oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 
-use crate::sys::BpfInstruction as Instruction;
+use crate::sys::{BpfInstruction as Instruction, load_device_program};
 
 // Access and type bits of struct bpf_cgroup_dev_ctx (linux/bpf.h).
 const MKNOD: u32 = 1;
@@ -98,6 +105,20 @@ pub fn program(rules: &[LinuxDeviceCgroup], nodes: &[LinuxDevice]) -> Result<Vec
     all.iter().rev().for_each(|rule| rule.emit(&mut program));
     program.extend([instruction(MOVE, R0, 0, 0, 0), instruction(EXIT, 0, 0, 0, 0)]);
     Ok(program)
+}
+
+/// The program as the kernel has it, loaded unless it is the same as the last one.
+pub fn loaded(program: Vec<Instruction>) -> io::Result<Arc<OwnedFd>> {
+    static LAST: Mutex<Option<(Vec<Instruction>, Arc<OwnedFd>)>> = Mutex::new(None);
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((same, loaded)) = &*last
+        && *same == program
+    {
+        return Ok(loaded.clone());
+    }
+    let loaded = Arc::new(load_device_program(&program)?);
+    *last = Some((program, loaded.clone()));
+    Ok(loaded)
 }
 
 const fn instruction(code: u8, target: u8, source: u8, offset: i16, immediate: i32) -> Instruction {

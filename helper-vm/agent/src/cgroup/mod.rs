@@ -85,7 +85,7 @@ impl Cgroup {
         let program =
             devices::program(rules.unwrap_or_default(), linux.devices().as_deref().unwrap_or_default())?;
         File::open(&self.dir)
-            .and_then(|group| sys::attach_device_program(group.as_fd(), &program))
+            .and_then(|group| sys::attach_device_program(group.as_fd(), devices::loaded(program)?.as_fd()))
             .map_err(|source| Error::File { path: self.dir.clone(), source })
     }
 

@@ -22,6 +22,7 @@ use tokio::task::JoinHandle;
 use vmctr_proto::agent::{ExitEvent, OomEvent, ProcessRef, event};
 
 use crate::ids::{ContainerId, ProcessId};
+use crate::network::Network;
 use crate::stdio::Streams;
 
 pub use container::{Container, Exec};
@@ -76,6 +77,8 @@ pub struct Guest {
     pub reaper: Reaper,
     /// The share's tag, once it is mounted or being mounted.
     pub share: Option<String>,
+    /// For the next container that wants one of its own.
+    pub network: Option<Network>,
     /// Containers ever created: names directories and groups.
     created: u64,
     oom: oom::Watch,
@@ -103,6 +106,7 @@ impl Guest {
             events: EventLog::default(),
             reaper: Reaper::default(),
             share: None,
+            network: None,
             created: 0,
             oom,
         }

@@ -19,6 +19,7 @@ use super::report::Reporter;
 use super::seccomp::Confinement;
 use super::{Job, ROOT_FILE, STATE_DIR, console_socket, container_dir, mount_points};
 use crate::rootfs::{self, Form, ROOTFS, RootPlan};
+use crate::spec::has_network;
 
 /// Builds the container whose directory PID 1 has filled; returns its init process.
 pub fn create(job: &Job, reporter: Reporter) -> anyhow::Result<Pid> {
@@ -27,7 +28,8 @@ pub fn create(job: &Job, reporter: Reporter) -> anyhow::Result<Pid> {
     let plan = RootPlan::parse(Some(&vmctr_proto::agent::Root::decode(root.as_slice())?))?;
     rootfs::build(&plan, Form::Layer, &dir).context("building the root file system")?;
     mount_points::settle(&dir)?;
-    make_working_directory(&dir)?;
+    let spec = Spec::load(dir.join("config.json"))?;
+    make_working_directory(&dir, &spec)?;
     super::leave_agents_protection()?;
     let container = ContainerBuilder::new(job.container.clone(), SyscallType::default())
         .with_root_path(STATE_DIR)?
@@ -39,14 +41,15 @@ pub fn create(job: &Job, reporter: Reporter) -> anyhow::Result<Pid> {
         .build()?;
     let pid =
         container.pid().and_then(|pid| Pid::from_raw(pid.as_raw())).context("the init process is gone")?;
-    loopback_up(pid).context("bringing up the container's loopback interface")?;
+    if !has_network(&spec) {
+        loopback_up(pid).context("bringing up the container's loopback interface")?;
+    }
     Ok(pid)
 }
 
 /// Creates `process.cwd` where the image lacks it, as other runtimes do; below a mount there is nothing to
 /// see yet. On a read-only root, entering the directory fails by itself.
-fn make_working_directory(dir: &Path) -> anyhow::Result<()> {
-    let spec = Spec::load(dir.join("config.json"))?;
+fn make_working_directory(dir: &Path, spec: &Spec) -> anyhow::Result<()> {
     let Some(process) = spec.process() else { return Ok(()) };
     let cwd = process.cwd();
     if cwd == Path::new("/") {

@@ -12,11 +12,12 @@ mod devices;
 mod refuse;
 mod resources;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use libcontainer::oci_spec::OciSpecError;
 use libcontainer::oci_spec::runtime::{
-    Linux, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, Mount, Process, RootBuilder, Spec,
+    Linux, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, Mount, Process,
+    RootBuilder, Spec,
 };
 
 use crate::cgroup::Cgroup;
@@ -75,6 +76,31 @@ pub fn resources(json: &[u8], cpus: usize) -> Result<LinuxResources> {
         serde_json::from_slice(json).map_err(|source| Error::Json { what: "linux.resources", source })?;
     resources::check(&resources, cpus)?;
     Ok(resources)
+}
+
+/// Has the container use the network namespace at this path instead of a new one, if it may: one that has no
+/// namespace of its own, or one of users, whom the network would not belong to, may not.
+pub fn use_network(spec: &mut Spec, path: impl FnOnce() -> Option<PathBuf>) {
+    let namespaces = spec.linux_mut().as_mut().and_then(|linux| linux.namespaces_mut().as_mut());
+    let namespaces = namespaces.into_iter().flatten();
+    let mut network = None;
+    for namespace in namespaces {
+        match namespace.typ() {
+            LinuxNamespaceType::User => return,
+            LinuxNamespaceType::Network => network = Some(namespace),
+            _ => {}
+        }
+    }
+    if let Some(network) = network {
+        network.set_path(path());
+    }
+}
+
+/// Whether its network namespace was there before it.
+pub fn has_network(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref());
+    let is_network = |namespace: &&LinuxNamespace| namespace.typ() == LinuxNamespaceType::Network;
+    namespaces.unwrap_or_default().iter().find(is_network).is_some_and(|it| it.path().is_some())
 }
 
 fn set_root(spec: &mut Spec) -> Result<()> {
@@ -167,6 +193,24 @@ mod tests {
         assert!(namespaces.iter().all(|namespace| namespace.path().is_none()));
         assert_eq!(namespaces.last().unwrap().typ(), LinuxNamespaceType::Cgroup);
         assert_eq!(spec.mounts().as_ref().unwrap()[0].source().as_deref(), Some(Path::new("proc")));
+    }
+
+    #[test]
+    fn only_a_container_with_a_network_and_the_guests_users_takes_one_that_is_there() {
+        let network = || Some(PathBuf::from("/proc/1/fd/9"));
+        let with = |namespaces: &[&str]| {
+            let mut value = base();
+            value["linux"]["namespaces"] = namespaces.iter().map(|typ| json!({ "type": typ })).collect();
+            let mut spec = parse(&value).unwrap();
+            use_network(&mut spec, network);
+            has_network(&spec)
+        };
+        assert!(with(&["pid", "network", "mount"]));
+        assert!(!with(&["pid", "mount"]));
+        assert!(!with(&["network", "user"]));
+        let mut spec = parse(&base()).unwrap();
+        use_network(&mut spec, || None);
+        assert!(!has_network(&spec));
     }
 
     #[test]

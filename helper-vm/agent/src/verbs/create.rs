@@ -13,6 +13,7 @@ use super::{Error, Result, delete, io_error};
 use crate::cgroup::Cgroup;
 use crate::guest::{Container, Guest, Handle, Helper, LookupError, Names, Verb};
 use crate::ids::{ContainerId, ProcessId};
+use crate::network::Network;
 use crate::rootfs::RootPlan;
 use crate::runtime::{ROOT_FILE, container_dir};
 use crate::spec::{self, Place};
@@ -58,7 +59,10 @@ async fn build(
 ) -> Result<()> {
     let cgroup = Cgroup::of(name);
     let place = Place { cgroup: &cgroup, terminal: numbers.terminal, cpus: cpus() };
-    let spec = spec::container(&request.spec, &place)?;
+    let mut spec = spec::container(&request.spec, &place)?;
+    // Kept until the container is in it.
+    let network = guest.call(|guest| guest.network.take()).await;
+    spec::use_network(&mut spec, || network.as_ref().map(Network::path));
     write_bundle(name, &spec, request.root.as_ref())?;
     cgroup.create()?;
     cgroup.restrict_devices(spec.linux().as_ref().ok_or(spec::Error::Missing("linux"))?)?;
@@ -67,6 +71,7 @@ async fn build(
     let host = claim.fulfilled().await?;
     let mut launch = Launch::prepare(guest, Verb::Create, names, numbers.terminal, host, process).await?;
     let outcome = launch.wait().await;
+    drop(network);
     let id = ProcessId::init(id);
     guest.call(move |guest| adopt(guest, &id, launch, outcome)).await
 }

@@ -1,7 +1,8 @@
 //! Rehearse: one container from create to delete, with a root of its own, before there is a share.
 //!
-//! A VM that waits to be taken has time. What it runs now is in memory, and under an emulated CPU translated,
-//! when the container comes that somebody waits for.
+//! A VM that waits to be taken, or is to become a template, has time. What it runs now is in memory, and in the
+//! pool under an emulated CPU translated too, when the container comes that somebody waits for; and so is what it
+//! makes ahead for that container.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -12,6 +13,7 @@ use vmctr_proto::guest_paths::SHARE_DIR;
 
 use super::{Error, Result, blocking, create, delete, io_error, start};
 use crate::guest::Handle;
+use crate::network::Network;
 
 /// As containers' specs are: the same namespaces, mounts and restrictions.
 const SPEC: &str = include_str!("rehearse.json");
@@ -36,7 +38,7 @@ const PROGRAM: [u8; 129] = [
     0x0f, 0x05, // syscall
 ];
 
-/// Runs the container and removes every trace of it.
+/// Runs the container and removes every trace of it, then makes ahead what the next one will need.
 pub async fn rehearse(guest: Handle) -> Result<()> {
     if guest.call(|guest| guest.share.is_some()).await {
         let why = "there is a share already";
@@ -46,9 +48,12 @@ pub async fn rehearse(guest: Handle) -> Result<()> {
     create(guest.clone(), request()).await?;
     let init = ProcessRef { container_id: CONTAINER.to_owned(), exec_id: String::new() };
     let started = start(guest.clone(), init.clone()).await;
-    delete(guest, init).await?;
+    delete(guest.clone(), init).await?;
     started?;
-    blocking(remove_layer).await
+    blocking(remove_layer).await?;
+    let network = blocking(|| Network::make().map_err(io_error("a network namespace"))).await?;
+    guest.call(|guest| guest.network = Some(network)).await;
+    Ok(())
 }
 
 fn request() -> CreateContainerRequest {

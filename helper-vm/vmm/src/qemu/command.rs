@@ -80,7 +80,7 @@ pub fn arguments(spec: &VmSpec, engine: Engine, purpose: Purpose, fds: QemuFds) 
     isolate(&mut args);
     machine(&mut args, spec, purpose);
     cpu(&mut args, spec.vcpus(), engine);
-    guest(&mut args, engine, purpose);
+    guest(&mut args, spec.vcpus(), engine, purpose);
     devices(&mut args, spec.machine(), purpose, fds);
     args
 }
@@ -136,11 +136,11 @@ fn cpu(args: &mut Vec<String>, vcpus: Vcpus, engine: Engine) {
     }
 }
 
-fn guest(args: &mut Vec<String>, engine: Engine, purpose: Purpose) {
+fn guest(args: &mut Vec<String>, vcpus: Vcpus, engine: Engine, purpose: Purpose) {
     match purpose {
-        Purpose::Boot => kernel(args, engine),
+        Purpose::Boot => kernel(args, vcpus, engine),
         Purpose::Template { state } => {
-            kernel(args, engine);
+            kernel(args, vcpus, engine);
             saved_state(args, state);
         }
         Purpose::Restore { state } => {
@@ -150,10 +150,10 @@ fn guest(args: &mut Vec<String>, engine: Engine, purpose: Purpose) {
     }
 }
 
-fn kernel(args: &mut Vec<String>, engine: Engine) {
+fn kernel(args: &mut Vec<String>, vcpus: Vcpus, engine: Engine) {
     add(args, "-kernel", GuestFile::Kernel.path());
     add(args, "-initrd", GuestFile::Initramfs.path());
-    add(args, "-append", kernel_arguments(engine));
+    add(args, "-append", kernel_arguments(vcpus, engine));
 }
 
 fn saved_state(args: &mut Vec<String>, state: i32) {
@@ -163,12 +163,17 @@ fn saved_state(args: &mut Vec<String>, state: i32) {
 /// A panic ends the VM at once (`panic=-1` with QEMU's `-no-reboot`). Without KVM the guest shares no
 /// CPU state with the host that mitigations could protect, and they cost most there; for the counter's
 /// rate see [`crate::tsc`]. With KVM the guest learns the rate from the host's kernel.
-fn kernel_arguments(engine: Engine) -> String {
-    let common = "console=ttyS0 quiet panic=-1 reboot=t no_timer_check random.trust_cpu=on cryptomgr.notests";
+///
+/// Security modules have no policy in the guest, so only Landlock stays, which processes use by themselves. What
+/// ACPI tells, the kernel of an emulated machine finds in less time by itself, all but a second CPU; interpreting
+/// its tables would be a sixth of what the guest does between a restore and its first call.
+fn kernel_arguments(vcpus: Vcpus, engine: Engine) -> String {
+    let common = "console=ttyS0 quiet panic=-1 reboot=t no_timer_check random.trust_cpu=on cryptomgr.notests lsm=landlock";
     match engine {
         Engine::Kvm { .. } => common.to_owned(),
         Engine::Tcg { tsc_khz } => {
-            format!("{common} mitigations=off tsc=reliable tsc_early_khz={tsc_khz}")
+            let acpi = if vcpus == Vcpus::ONE { " acpi=off" } else { "" };
+            format!("{common} mitigations=off tsc=reliable tsc_early_khz={tsc_khz} pcie_ports=compat{acpi}")
         }
     }
 }
@@ -254,10 +259,10 @@ mod tests {
 -m 512M
 -smp 1
 -accel tcg,thread=multi,tb-size=64
--cpu max
+-cpu max,-erms,-fsrm,-fzrm,-fsrs
 -kernel /guest/kernel
 -initrd /guest/initramfs
--append console=ttyS0 quiet panic=-1 reboot=t no_timer_check random.trust_cpu=on cryptomgr.notests mitigations=off tsc=reliable tsc_early_khz=2600000
+-append console=ttyS0 quiet panic=-1 reboot=t no_timer_check random.trust_cpu=on cryptomgr.notests lsm=landlock mitigations=off tsc=reliable tsc_early_khz=2600000 pcie_ports=compat acpi=off
 -chardev socket,id=qmp,fd=3
 -mon chardev=qmp,mode=control
 -chardev socket,id=console,fd=4
