@@ -11,10 +11,12 @@ libexec := $(DESTDIR)$(PREFIX)/libexec/vmctr
 # mount(8) looks for its helpers there and nowhere else.
 sbin := $(DESTDIR)/sbin
 guest := $(DESTDIR)$(PREFIX)/share/vmctr/guest
+units := $(DESTDIR)$(PREFIX)/lib/systemd/system
 
 bin_programs := vmctr containerd-shim-vmctr-v2
 libexec_programs := vmctr-fsd vmctr-jail
 guest_files := vmlinux initramfs.cpio manifest.json
+unit := vmctr-pool.service
 
 .PHONY: help build demo test bench install uninstall clean
 
@@ -36,14 +38,16 @@ bench: ## Measure starts, streams, files and memory, under vmctr and under runc 
 	scripts/bench
 
 install: ## Install what `make build` made to $(DESTDIR)$(PREFIX)
-	install -d $(bin) $(libexec) $(guest) $(sbin)
+	install -d $(bin) $(libexec) $(guest) $(sbin) $(units)
 	install -m 755 $(addprefix target/release/,$(bin_programs)) $(bin)
 	install -m 755 $(addprefix target/release/,$(libexec_programs)) $(libexec)
 	ln -sfn $(PREFIX)/bin/vmctr $(sbin)/mount.fuse.vmctr
 	install -m 644 $(addprefix target/guest/,$(guest_files)) $(guest)
+	sed 's|/usr/local/bin|$(PREFIX)/bin|' packaging/$(unit) > $(units)/$(unit)
+	chmod 644 $(units)/$(unit)
 
 uninstall: ## Remove what `make install` installed
-	rm -f $(addprefix $(bin)/,$(bin_programs)) $(sbin)/mount.fuse.vmctr
+	rm -f $(addprefix $(bin)/,$(bin_programs)) $(sbin)/mount.fuse.vmctr $(units)/$(unit)
 	rm -rf $(libexec) $(DESTDIR)$(PREFIX)/share/vmctr
 
 clean: ## Remove what was built; downloads stay in the cache

@@ -102,7 +102,7 @@ fn each_restored_vm_is_itself() {
         // As soon as a process can ask.
         let seconds: u64 = read(container, "date +%s").trim().parse().expect("a number");
         let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs();
-        assert!(now.abs_diff(seconds) <= 3, "the guest's clock says {seconds}, the host's {now}");
+        assert!(now.abs_diff(seconds) <= 2, "the guest's clock says {seconds}, the host's {now}");
     }
     for script in [
         "cat /proc/sys/kernel/random/boot_id",

@@ -74,9 +74,12 @@ impl Cgroup {
         Path::new("/").join(CONTAINERS).join(&self.name)
     }
 
-    /// Creates the group.
+    /// Creates the group, unless that was done ahead.
     pub fn create(&self) -> Result<()> {
-        fs::create_dir(&self.dir).map_err(|source| Error::File { path: self.dir.clone(), source })
+        match fs::create_dir(&self.dir) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            created => created.map_err(|source| Error::File { path: self.dir.clone(), source }),
+        }
     }
 
     /// Restricts devices as the spec says; nodes that it lists can be used.

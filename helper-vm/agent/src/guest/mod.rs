@@ -114,8 +114,14 @@ impl Guest {
 
     /// A short name that no container had before.
     pub fn new_name(&mut self) -> String {
+        let name = self.next_name();
         self.created += 1;
-        format!("c{}", self.created)
+        name
+    }
+
+    /// The name that the next container will have.
+    pub fn next_name(&self) -> String {
+        format!("c{}", self.created + 1)
     }
 
     /// The container.

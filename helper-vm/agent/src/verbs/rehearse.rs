@@ -12,6 +12,7 @@ use vmctr_proto::agent::{CreateContainerRequest, GuestUpper, Overlay, ProcessRef
 use vmctr_proto::guest_paths::SHARE_DIR;
 
 use super::{Error, Result, blocking, create, delete, io_error, start};
+use crate::cgroup::Cgroup;
 use crate::guest::Handle;
 use crate::network::Network;
 
@@ -51,9 +52,19 @@ pub async fn rehearse(guest: Handle) -> Result<()> {
     delete(guest.clone(), init).await?;
     started?;
     blocking(remove_layer).await?;
+    make_ahead(&guest).await
+}
+
+/// What a container needs and no other may have had: its control group and its network.
+async fn make_ahead(guest: &Handle) -> Result<()> {
     let network = blocking(|| Network::make().map_err(io_error("a network namespace"))).await?;
-    guest.call(|guest| guest.network = Some(network)).await;
-    Ok(())
+    let name = guest
+        .call(|guest| {
+            guest.network = Some(network);
+            guest.next_name()
+        })
+        .await;
+    Ok(Cgroup::of(&name).create()?)
 }
 
 fn request() -> CreateContainerRequest {

@@ -50,11 +50,21 @@ impl Key {
         qemu: &Qemu,
         accelerator: Accelerator,
     ) -> io::Result<Self> {
+        Self::in_boot(boot_id(), spec, assets, qemu, accelerator)
+    }
+
+    fn in_boot(
+        host_boot: String,
+        spec: &VmSpec,
+        assets: &GuestAssets,
+        qemu: &Qemu,
+        accelerator: Accelerator,
+    ) -> io::Result<Self> {
         let manifest = assets.manifest();
         let parts = Parts {
             format: super::manifest::VERSION,
             protocol: PROTOCOL_VERSION,
-            host_boot: boot_id(),
+            host_boot,
             kernel_sha256: &manifest.kernel.sha256,
             initramfs_sha256: &manifest.initramfs.sha256,
             qemu: FileId::of(qemu.path())?,
@@ -178,6 +188,18 @@ mod tests {
         let file = fs::File::options().append(true).open(qemu.path()).unwrap();
         file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
         assert_ne!(Key::of(&spec(512), &ours, &qemu, Accelerator::Tcg).unwrap(), key);
+    }
+
+    /// Two hosts, or one before and after its restart, may keep their templates in one folder.
+    #[test]
+    fn each_boot_of_each_host_has_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, qemu) = (assets(dir.path(), "a"), qemu(dir.path(), "10.0.2"));
+        let key = |boot: &str| Key::in_boot(boot.to_owned(), &spec(512), &ours, &qemu, Accelerator::Tcg);
+        assert_ne!(key("one").unwrap(), key("two").unwrap());
+        assert_eq!(key("one").unwrap(), key("one").unwrap());
+        let here = Key::of(&spec(512), &ours, &qemu, Accelerator::Tcg).unwrap();
+        assert_eq!(key(&boot_id()).unwrap(), here);
     }
 
     #[test]

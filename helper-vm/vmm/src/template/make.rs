@@ -3,8 +3,11 @@
 //!
 //! ```text
 //!   lock ── boot ── "waits for its devices" ── free memory reported ── stop ── save ── QEMU killed
-//!     └── KEY.new: ram packed, state, manifest; all synced ── renamed to KEY ── others pruned ── unlock
+//!     └── KEY.new: ram packed, state, manifest; all synced ── a VM restored from it answers ── renamed to KEY
+//!                                                                          others pruned ── unlock
 //! ```
+//!
+//! Nobody ever finds a template that no VM was restored from.
 //!
 //! A maker that is killed leaves KEY.new and its run directory, which the next one removes; its QEMU dies with
 //! it.
@@ -20,7 +23,7 @@ use tokio::time::sleep;
 use vmctr_proto::TEMPLATE_POINT;
 
 use super::manifest::{Manifest, State, sha256};
-use super::store::{MANIFEST, RAM, STATE, Store, sync_dir};
+use super::store::{MANIFEST, RAM, STATE, Store, Template, sync_dir};
 use super::{Key, TemplateError, ram};
 use crate::accel::Accelerator;
 use crate::assets::GuestAssets;
@@ -29,7 +32,7 @@ use crate::qemu::Qemu;
 use crate::qemu::command::STATE_URI;
 use crate::run_dir::{Owner, Role, RunDir};
 use crate::spec::VmSpec;
-use crate::vm::{Attempt, Job, Launch, Phase, VmState, boot_files};
+use crate::vm::{Attempt, Job, Launch, Origin, Phase, Vm, VmError, VmStart, VmState, boot_files};
 
 /// How long the guest goes on before it is stopped: in this time its kernel reports the memory that it has
 /// freed since the boot, which is then not part of the template.
@@ -82,12 +85,41 @@ async fn make_in(maker: &Maker, store: &Store, key: &Key, fresh: &Path) -> Resul
         bundle: store.path(key),
     };
     let run_dir = RunDir::create(&store.run_dir(), owner)?;
-    let saved = boot_and_save(maker, &run_dir, fresh).await;
+    let made = save_and_prove(maker, &run_dir, key, fresh).await;
     run_dir.remove()?;
-    let memory = saved?;
-    let (maker, key, fresh) = (maker.clone(), key.clone(), fresh.to_owned());
-    let written = spawn_blocking(move || write(&maker, key, &memory, &fresh));
-    written.await.map_err(|error| TemplateError::Thread(error.into()))?
+    made
+}
+
+async fn save_and_prove(
+    maker: &Maker,
+    run_dir: &RunDir,
+    key: &Key,
+    fresh: &Path,
+) -> Result<(), TemplateError> {
+    let memory = boot_and_save(maker, run_dir, fresh).await?;
+    let (writer, name, path) = (maker.clone(), key.clone(), fresh.to_owned());
+    let written = spawn_blocking(move || {
+        write(&writer, name.clone(), &memory, &path)?;
+        Template::open(&path, &name)
+    });
+    let template = written.await.map_err(|error| TemplateError::Thread(error.into()))??;
+    prove(maker, run_dir, template).await.map_err(|error| TemplateError::Proof(error.into()))
+}
+
+/// Restores a VM, which must answer, and ends it.
+async fn prove(maker: &Maker, run_dir: &RunDir, template: Template) -> Result<(), VmError> {
+    let start = VmStart {
+        spec: maker.spec,
+        origin: Origin::Template(template.into()),
+        qemu: maker.qemu.clone(),
+        accelerator: maker.accelerator,
+        run_dir: run_dir.clone(),
+        jail: maker.jail.clone(),
+        share: None,
+        share_later: false,
+        boot_timeout: maker.boot_timeout,
+    };
+    Vm::start(start).await?.stop().await
 }
 
 /// Returns the guest's memory.

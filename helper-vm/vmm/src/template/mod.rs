@@ -13,7 +13,8 @@
 //!     run/                    run directories of VMs that become templates
 //! ```
 //!
-//! Invariants: a directory KEY is complete, as it got its name after its files were written and synced. A
+//! Invariants: a directory KEY is complete and works, as it got its name after its files were written and synced,
+//! and after a VM was restored from them. A
 //! template is used only if its key, the sizes and digests of all its parts fit; the memory's are checked
 //! while it is copied. A template serves one host boot, one QEMU, one guest, one shape of the machine: all
 //! that is in the key, so what does not fit is not found.
@@ -63,6 +64,9 @@ pub enum TemplateError {
     /// The VM to be saved did not come up.
     #[error("Cannot boot the VM that is to be the template")]
     Vm(#[from] VmError),
+    /// What was saved is of no use.
+    #[error("Cannot restore a VM from the new template")]
+    Proof(#[source] Box<VmError>),
     /// QEMU did not save it.
     #[error("Cannot save the VM")]
     Save(#[source] QmpError),

@@ -5,6 +5,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FlockOperation, MemfdFlags, flock, memfd_create};
@@ -25,6 +26,10 @@ const STATE_LIMIT: u64 = 64 << 20;
 
 /// After a failure, for so long no further attempt is made in the background.
 const RETRY: Duration = Duration::from_secs(600);
+
+/// How often, and how far apart, a lock is tried that is taken.
+const LOCK_ATTEMPTS: u32 = 10;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// Templates that are kept: each is some 60 MiB, and hosts rarely run more shapes of VMs.
 const KEPT: usize = 4;
@@ -195,22 +200,20 @@ impl Store {
         log.len() > 0 && age < RETRY && !self.path(key).exists()
     }
 
-    /// Takes the lock, or says that it is taken. A file that a killed holder left is no lock.
+    /// Takes the lock, or says that it is taken. A file that a killed holder left is no lock. Whoever only looks
+    /// whether it is taken holds it for a moment, which is waited for.
     pub(super) fn lock(&self, key: &Key) -> Result<Lock, TemplateError> {
         let path = self.lock_path(key);
-        let failed = TemplateError::io("lock", &path);
-        let mut options = File::options();
-        options.create(true).truncate(false).write(true);
-        let locked = self.create_dir().and_then(|()| options.open(&path)).and_then(|file| {
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                // A lock on a file that has been removed meanwhile excludes nobody.
-                Ok(()) if is_at(&file, &path) => Ok(Some(Lock { _file: file })),
-                Ok(()) => Ok(None),
-                Err(Errno::WOULDBLOCK) => Ok(None),
-                Err(error) => Err(error.into()),
+        let locked = self.create_dir().and_then(|()| {
+            for _ in 0..LOCK_ATTEMPTS {
+                if let Some(lock) = try_lock(&path)? {
+                    return Ok(Some(lock));
+                }
+                sleep(LOCK_PAUSE);
             }
+            try_lock(&path)
         });
-        locked.map_err(failed)?.ok_or_else(|| TemplateError::Busy(key.clone()))
+        locked.map_err(TemplateError::io("lock", &path))?.ok_or_else(|| TemplateError::Busy(key.clone()))
     }
 
     /// Directory of one template, which need not exist.
@@ -269,7 +272,7 @@ impl Store {
 }
 
 impl Template {
-    fn open(path: &Path, key: &Key) -> Result<Self, TemplateError> {
+    pub(super) fn open(path: &Path, key: &Key) -> Result<Self, TemplateError> {
         let manifest = read_manifest(path, key)?;
         let state = read_file(&path.join(STATE), STATE_LIMIT)?;
         if state.len() as u64 != manifest.state.size || sha256(&state) != manifest.state.sha256 {
@@ -332,6 +335,16 @@ fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>, TemplateError> {
     read.map(|_| bytes).map_err(TemplateError::io("read", path))
 }
 
+fn try_lock(path: &Path) -> io::Result<Option<Lock>> {
+    let file = File::options().create(true).truncate(false).write(true).open(path)?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        // A lock on a file that has been removed meanwhile excludes nobody.
+        Ok(()) => Ok(is_at(&file, path).then_some(Lock { _file: file })),
+        Err(Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
 fn is_at(file: &File, path: &Path) -> bool {
     let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
     matches!((file.metadata(), fs::metadata(path)), (Ok(ours), Ok(there)) if same(&ours, &there))
@@ -348,4 +361,34 @@ pub(super) fn remove_tree(path: &Path) -> Result<(), TemplateError> {
 
 pub(super) fn sync_dir(path: &Path) -> Result<(), TemplateError> {
     File::open(path).and_then(|dir| dir.sync_all()).map_err(TemplateError::io("sync", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: &str = "0123456789abcdef";
+
+    fn store(dir: &Path) -> Store {
+        Store { dir: dir.to_owned() }
+    }
+
+    #[test]
+    fn one_who_only_looks_keeps_no_maker_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, key) = (store(dir.path()), KEY.parse().unwrap());
+        drop(store.lock(&key).unwrap());
+        let looks = File::open(store.lock_path(&key)).unwrap();
+        flock(&looks, FlockOperation::NonBlockingLockShared).unwrap();
+        let looker = std::thread::spawn(move || {
+            sleep(LOCK_PAUSE * 3);
+            drop(looks);
+        });
+        let lock = store.lock(&key).unwrap();
+        assert!(store.is_being_made(&key));
+        assert!(matches!(store.lock(&key), Err(TemplateError::Busy(_))));
+        drop(lock);
+        assert!(!store.is_being_made(&key));
+        looker.join().unwrap();
+    }
 }
