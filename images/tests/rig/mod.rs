@@ -107,7 +107,7 @@ pub fn without_split_links(mut differences: Vec<Difference>, notes: &[Note]) -> 
         .filter_map(|note| if let Note::SplitLink(path) = note { Some(path.to_string()) } else { None })
         .collect();
     differences.retain(|difference| match &difference.how {
-        How::Kind(is, should) if is == "a file" => {
+        How::Kind(_, should) => {
             let other = should.strip_prefix("a hard link to ").unwrap_or_default();
             !split.contains(&difference.path.to_string()) && !split.iter().any(|path| path == other)
         }
