@@ -117,7 +117,7 @@ pub fn capture_in_snapshot(
 }
 
 /// Writes the changes as a layer to `sink`; nothing may change meanwhile.
-pub fn layer<W: Write>(
+pub fn layer<W: Write + Send + 'static>(
     changes: &Changes<'_>,
     options: LayerOptions,
     sink: W,
