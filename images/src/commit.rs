@@ -24,7 +24,7 @@ use crate::path::TreePath;
 use crate::store::containerd::Snapshot;
 use crate::store::{Layout, StoreError, containerd, nameless_beside, write_archive};
 use crate::tree::{NewFolder, NewFolderError, fill_folder, write_new_folder};
-use crate::upper::{Consistency, Layers, Namespace, Notes, Scope, Walk, WalkError};
+use crate::upper::{Consistency, Entry, EntryKind, Layers, Namespace, Notes, Scope, Walk, WalkError, What};
 
 /// Why a commit fails.
 #[derive(Debug, thiserror::Error)]
@@ -93,6 +93,22 @@ pub enum Step {
 /// Told each step. An error at [`Step::Read`] ends the commit before the image has a name.
 pub type Watch<'a> = dyn FnMut(Step) -> io::Result<()> + Send + 'a;
 
+/// Whether there are at most so many changes, with files of so many bytes together; nothing may change meanwhile.
+pub fn few(changes: &Changes<'_>, entries: u64, bytes: u64) -> Result<bool, CommitError> {
+    let mut walk = changes.walk(Consistency::Frozen)?;
+    let (mut count, mut size) = (0, 0u64);
+    while let Some(change) = walk.next_change()? {
+        count += 1;
+        if let What::Entry(Entry { kind: EntryKind::File(content), .. }) = &change.what {
+            size = size.saturating_add(content.size());
+        }
+        if count > entries || size > bytes {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Copies the changes to the new folder `dir`, which must not exist.
 pub fn capture(
     changes: &Changes<'_>,
@@ -117,7 +133,7 @@ pub fn capture_in_snapshot(
 }
 
 /// Writes the changes as a layer to `sink`; nothing may change meanwhile.
-pub fn layer<W: Write>(
+pub fn layer<W: Write + Send + 'static>(
     changes: &Changes<'_>,
     options: LayerOptions,
     sink: W,

@@ -2,6 +2,7 @@
 //!
 //! This crate knows nothing of the VM.
 
+mod behind;
 mod beneath;
 pub mod commit;
 pub mod config;

@@ -75,15 +75,17 @@ pub fn unpack(layer: impl Read, info: &LayerInfo, scratch: &Path) -> Result<bool
     Ok((found.digest, found.diff_id, found.size) == (info.digest, info.diff_id, info.size))
 }
 
-/// Compares `folders`, topmost first, with what the container shows. Times later than `clamp` are equal to it.
+/// Compares `folders`, topmost first, with what the container shows at and beneath `within`. Times later than `clamp`
+/// are equal to it.
 pub fn differences(
     folders: &[PathBuf],
     live: Live<'_>,
     clamp: Option<i64>,
+    within: &TreePath,
 ) -> Result<Vec<Difference>, VerifyError> {
     let layers = Layers::open(folders, Namespace::Trusted)?;
     let everything =
-        |layers| Walk::new(layers, Scope::Everything, Consistency::Frozen, TreePath::root()).map(Box::new);
+        |layers| Walk::new(layers, Scope::Everything, Consistency::Frozen, within.clone()).map(Box::new);
     let is = Tree::Folders(everything(&layers)?);
     let (should, attributes): (_, fn(&[u8]) -> bool) = match live {
         Live::Guest(archive) => {
@@ -91,7 +93,7 @@ pub fn differences(
         }
         Live::Folders(layers) => (Tree::Folders(everything(layers)?), |_| true),
     };
-    Ok(compare_by(is, should, MOST, &Rules { clamp, attributes })?)
+    Ok(compare_by(is, should, MOST, &Rules { clamp, attributes, within })?)
 }
 
 /// Attributes of a layer's files that the guest cannot see are no differences.

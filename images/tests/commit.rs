@@ -378,8 +378,13 @@ fn a_stored_layer_that_was_exchanged_is_found() {
         let folders = [scratch.clone(), stack[1].clone()];
         let layers = rig::layers(&stack);
         let live = vmctr_images::verify::Live::Folders(&layers);
-        let found =
-            vmctr_images::verify::differences(&folders, live, options(Compression::None).clamp).unwrap();
+        let found = vmctr_images::verify::differences(
+            &folders,
+            live,
+            options(Compression::None).clamp,
+            &TreePath::root(),
+        )
+        .unwrap();
         std::fs::remove_dir_all(&scratch).unwrap();
         (whole, found.iter().map(ToString::to_string).collect::<Vec<_>>())
     };

@@ -142,7 +142,7 @@ impl Case<'_> {
         }
         assert!(Layout::open(&image).unwrap().find(Some("new")).unwrap().is_some());
         let output = Command::new("umoci")
-            .args(["unpack", "--keep-dirlinks", "--image"])
+            .args(["unpack", "--image"])
             .arg(format!("{}:new", image.display()))
             .arg(&bundle)
             .output()

@@ -115,7 +115,7 @@ impl<W: Write> Archive<W> {
 
     /// Archives one name; a folder is returned open. What has gone meanwhile is no error.
     fn entry(&mut self, dir: &OwnedFd, name: &CStr) -> Result<Option<OwnedFd>, Error> {
-        let stat = match look(dir, name) {
+        let stat = match statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => return Ok(None),
             stat => self.at("look at", stat)?,
         };
@@ -208,20 +208,6 @@ impl<W: Write> Archive<W> {
     fn at<T, E: Into<io::Error>>(&self, what: &'static str, result: Result<T, E>) -> Result<T, Error> {
         let path = || PathBuf::from(OsStr::from_bytes(&self.path));
         result.map_err(|source| Error::Entry { what, path: path(), source: source.into() })
-    }
-}
-
-/// overlayfs may answer "stale" for a hard link whose other names it remembers, until it forgets them.
-fn look(dir: &OwnedFd, name: &CStr) -> Result<Stat, Errno> {
-    const FORGET_NAMES: &str = "2";
-    let look = || statat(dir, name, AtFlags::SYMLINK_NOFOLLOW);
-    match look() {
-        Err(Errno::STALE) => {
-            // If that fails, the second look does, too, and says so.
-            let _ = std::fs::write("/proc/sys/vm/drop_caches", FORGET_NAMES);
-            look()
-        }
-        stat => stat,
     }
 }
 

@@ -1,8 +1,8 @@
 //! Writes a layer in one pass: tar, diff ID, compression, digest.
 //!
 //! ```text
-//! add(Change) ─> PAX records + header + content ─ HashingWriter ─ Encoder (threads) ─ HashingWriter ─> sink
-//!                                                   diff ID                             digest
+//! add(Change) ─> PAX records + header + content ─┬─ a thread: diff ID
+//!                                                └─ Encoder (threads) ─ a thread: digest, sink
 //! ```
 //!
 //! Invariant: equal changes give equal bytes, on any host: entries come sorted, whiteouts have fixed
@@ -14,7 +14,8 @@ use super::compress::{Compression, Encoder};
 use super::header::{Header, NAME_FIELD, octal_max};
 use super::pax::{self, Records};
 use super::{BLOCK, OPAQUE, WHITEOUT, XATTR_RECORD};
-use crate::digest::{DiffId, Digest, HashingWriter};
+use crate::behind::Behind;
+use crate::digest::{DiffId, Digest};
 use crate::meta::{Device, Meta, Time, Xattrs};
 use crate::path::{Escaped, TreePath};
 use crate::upper::{Change, Content, Entry, EntryKind, Piece, WalkError, What};
@@ -114,28 +115,35 @@ pub struct LayerInfo {
     pub totals: Totals,
 }
 
-type Stack<W> = HashingWriter<Encoder<HashingWriter<W>>>;
+/// Bounds the memory that compression takes.
+const MOST_THREADS: usize = 8;
 
 /// Writes one layer to `W`.
 pub struct LayerWriter<W: Write> {
-    out: Stack<W>,
+    /// Of what goes to the encoder.
+    plain: Behind<io::Sink>,
+    out: Encoder<Behind<W>>,
+    bytes: u64,
     options: LayerOptions,
     entries: u64,
     buffer: Vec<u8>,
 }
 
-impl<W: Write> LayerWriter<W> {
-    /// Begins a layer, compressing on as many threads as there are processors.
+impl<W: Write + Send + 'static> LayerWriter<W> {
+    /// Begins a layer, compressing on as many threads as there are processors, but not on more than a few.
     pub fn new(sink: W, options: LayerOptions) -> Result<Self, LayerError> {
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let encoder = Encoder::new(HashingWriter::new(sink), options.compression, threads);
-        let out = HashingWriter::new(encoder.map_err(LayerError::Write)?);
-        Ok(Self { out, options, entries: 0, buffer: vec![0; BUFFER] })
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
+        let begin = || {
+            let out = Encoder::new(Behind::new(sink)?, options.compression, threads)?;
+            Ok((Behind::new(io::sink())?, out))
+        };
+        let (plain, out) = begin().map_err(LayerError::Write)?;
+        Ok(Self { plain, out, bytes: 0, options, entries: 0, buffer: vec![0; BUFFER] })
     }
 
     /// How much was written so far.
     pub fn totals(&self) -> Totals {
-        Totals { entries: self.entries, bytes: self.out.bytes() }
+        Totals { entries: self.entries, bytes: self.bytes }
     }
 
     /// Writes one statement; they must come in the order of the walk.
@@ -161,9 +169,9 @@ impl<W: Write> LayerWriter<W> {
     pub fn finish(mut self) -> Result<(W, LayerInfo), LayerError> {
         self.write(&[0; 2 * BLOCK])?;
         let totals = self.totals();
-        let (encoder, diff_id, _) = self.out.finish();
-        let (mut sink, digest, size) = encoder.finish().map_err(LayerError::Write)?.finish();
-        sink.flush().map_err(LayerError::Write)?;
+        let end =
+            |out: Encoder<Behind<W>>, plain: Behind<io::Sink>| Ok((out.finish()?.finish()?, plain.finish()?));
+        let ((sink, digest, size), (_, diff_id, _)) = end(self.out, self.plain).map_err(LayerError::Write)?;
         let compression = self.options.compression;
         Ok((sink, LayerInfo { diff_id: DiffId(diff_id), digest, size, compression, totals }))
     }
@@ -235,7 +243,7 @@ impl<W: Write> LayerWriter<W> {
     }
 
     fn header(&mut self, path: &TreePath, fields: &Fields<'_>, xattrs: &Xattrs) -> Result<(), LayerError> {
-        let length = self.out.bytes().saturating_add(fields.size);
+        let length = self.bytes.saturating_add(fields.size);
         if length > self.options.limit {
             return Err(LayerError::TooLarge { limit: self.options.limit, path: path.clone() });
         }
@@ -260,7 +268,9 @@ impl<W: Write> LayerWriter<W> {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), LayerError> {
-        self.out.write_all(bytes).map_err(LayerError::Write)
+        self.bytes += bytes.len() as u64;
+        let written = self.out.write_all(bytes).and_then(|()| self.plain.write_all(bytes));
+        written.map_err(LayerError::Write)
     }
 }
 

@@ -120,16 +120,19 @@ enum Bytes {
 
 /// What counts as equal.
 #[derive(Debug, Clone, Copy)]
-pub struct Rules {
+pub struct Rules<'a> {
     /// Times later than this one are equal to it.
     pub clamp: Option<i64>,
     /// Attributes of other names are ignored.
     pub attributes: fn(&[u8]) -> bool,
+    /// Only what is at or beneath it.
+    pub within: &'a TreePath,
 }
 
 /// Compares `is` with what `should` be; stops after `most` differences.
 pub fn compare(is: Tree<'_>, should: Tree<'_>, most: usize) -> Result<Vec<Difference>, CompareError> {
-    compare_by(is, should, most, &Rules { clamp: None, attributes: |_| true })
+    let within = &TreePath::root();
+    compare_by(is, should, most, &Rules { clamp: None, attributes: |_| true, within })
 }
 
 /// The same by rules of one's own.
@@ -137,10 +140,11 @@ pub fn compare_by(
     mut is: Tree<'_>,
     mut should: Tree<'_>,
     most: usize,
-    rules: &Rules,
+    rules: &Rules<'_>,
 ) -> Result<Vec<Difference>, CompareError> {
     let mut differences = Vec::new();
-    let (mut one, mut other) = (is.next(None)?, should.next(None)?);
+    let within = rules.within;
+    let (mut one, mut other) = (is.next(None, within)?, should.next(None, within)?);
     while differences.len() < most {
         let order = match (&one, &other) {
             (None, None) => break,
@@ -150,17 +154,17 @@ pub fn compare_by(
         };
         match (order, one.take(), other.take()) {
             (Ordering::Less, Some(extra), kept) => {
-                (one, other) = (is.next(Some(&extra.path))?, kept);
+                (one, other) = (is.next(Some(&extra.path), within)?, kept);
                 differences.push(Difference { path: extra.path, how: How::Extra });
             }
             (Ordering::Greater, kept, Some(missing)) => {
-                (one, other) = (kept, should.next(Some(&missing.path))?);
+                (one, other) = (kept, should.next(Some(&missing.path), within)?);
                 differences.push(Difference { path: missing.path, how: How::Missing });
             }
             (_, Some(mut left), Some(mut right)) => {
                 rules.apply(&mut left, &mut right);
                 differences.extend(left.difference(&right)?);
-                (one, other) = (is.next(Some(&left.path))?, should.next(Some(&right.path))?);
+                (one, other) = (is.next(Some(&left.path), within)?, should.next(Some(&right.path), within)?);
             }
             _ => break,
         }
@@ -168,13 +172,21 @@ pub fn compare_by(
     Ok(differences)
 }
 
-impl Rules {
+impl Rules<'_> {
     fn apply(&self, is: &mut Seen, should: &mut Seen) {
         if let Some(clamp) = self.clamp
             && is.meta.mtime == (Time { secs: clamp, nanos: 0 })
             && should.meta.mtime.secs >= clamp
         {
             should.meta.mtime = is.meta.mtime;
+        }
+        // The first name of such a link is not compared, and which one carries the content is no difference.
+        if let Kind::Link(first) = &should.kind
+            && !first.starts_with(self.within)
+            && matches!(is.kind, Kind::File(_) | Kind::Link(_))
+        {
+            (should.kind, should.xattrs) = (Kind::Link(TreePath::root()), is.xattrs.clone());
+            is.kind = Kind::Link(TreePath::root());
         }
         for side in [is, should] {
             side.xattrs.retain(|name, _| (self.attributes)(name));
@@ -183,10 +195,10 @@ impl Rules {
 }
 
 impl Tree<'_> {
-    fn next(&mut self, after: Option<&TreePath>) -> Result<Option<Seen>, CompareError> {
+    fn next(&mut self, after: Option<&TreePath>, within: &TreePath) -> Result<Option<Seen>, CompareError> {
         let seen = match self {
-            Self::Folders(walk) => next_of_walk(walk)?,
-            Self::Stream(stream) => next_of_stream(stream)?,
+            Self::Folders(walk) => next_of_walk(walk, within)?,
+            Self::Stream(stream) => next_of_stream(stream, within)?,
         };
         match (&seen, after) {
             (Some(seen), Some(after)) if seen.path <= *after => {
@@ -197,8 +209,11 @@ impl Tree<'_> {
     }
 }
 
-fn next_of_walk(walk: &mut Walk<'_>) -> Result<Option<Seen>, CompareError> {
+fn next_of_walk(walk: &mut Walk<'_>, within: &TreePath) -> Result<Option<Seen>, CompareError> {
     while let Some(change) = walk.next_change()? {
+        if !change.path.starts_with(within) {
+            continue;
+        }
         let (What::Entry(entry) | What::Parent(entry)) = change.what else { continue };
         let kind = match entry.kind {
             EntryKind::Dir => Kind::Dir,
@@ -214,8 +229,17 @@ fn next_of_walk(walk: &mut Walk<'_>) -> Result<Option<Seen>, CompareError> {
     Ok(None)
 }
 
-fn next_of_stream<R: Read>(stream: &mut LayerReader<R>) -> Result<Option<Seen>, CompareError> {
-    let Some(Item { path, meta, xattrs, kind }) = stream.next_item()? else { return Ok(None) };
+fn next_of_stream<R: Read>(
+    stream: &mut LayerReader<R>,
+    within: &TreePath,
+) -> Result<Option<Seen>, CompareError> {
+    let Item { path, meta, xattrs, kind } = loop {
+        match stream.next_item()? {
+            None => return Ok(None),
+            Some(item) if item.path.starts_with(within) => break item,
+            Some(_) => {}
+        }
+    };
     let kind = match kind {
         ItemKind::Dir => Kind::Dir,
         ItemKind::File(_) => Kind::File(Bytes::Hashed(

@@ -106,10 +106,11 @@ pub fn without_split_links(mut differences: Vec<Difference>, notes: &[Note]) -> 
         .iter()
         .filter_map(|note| if let Note::SplitLink(path) = note { Some(path.to_string()) } else { None })
         .collect();
+    let linked_to = |kind: &str| kind.strip_prefix("a hard link to ").unwrap_or_default().to_owned();
     differences.retain(|difference| match &difference.how {
-        How::Kind(is, should) if is == "a file" => {
-            let other = should.strip_prefix("a hard link to ").unwrap_or_default();
-            !split.contains(&difference.path.to_string()) && !split.iter().any(|path| path == other)
+        How::Kind(is, should) => {
+            let names = [difference.path.to_string(), linked_to(is), linked_to(should)];
+            !names.iter().any(|name| split.contains(name))
         }
         _ => true,
     });

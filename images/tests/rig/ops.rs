@@ -20,6 +20,9 @@ pub type Place = Vec<u8>;
 
 const NAMES: &[&[u8]] = &[b"a", b"b", b"a.d", b"new\nline", b"\xff\xfe"];
 
+/// What a symbolic link says.
+pub type Target = Vec<u8>;
+
 #[derive(Debug, Clone)]
 pub enum Op {
     Write(Place, u16),
@@ -31,7 +34,8 @@ pub enum Op {
     Renew(Place),
     Rename(Place, Place),
     Link(Place, Place),
-    Symlink(Place, u8),
+    /// To one of the names, or to nothing.
+    Symlink(Place, Target),
     Chmod(Place, u16),
     Chown(Place, u32, u32),
     Touch(Place, i32, u32),
@@ -50,6 +54,14 @@ fn place() -> impl Strategy<Value = Place> {
     ]
 }
 
+/// Half of them lead to what another operation may have made.
+fn target() -> impl Strategy<Value = Target> {
+    prop_oneof![
+        (0..NAMES.len()).prop_map(|name| NAMES[name].to_vec()),
+        any::<u8>().prop_map(|n| content(u16::from(n) + 1)[..1 + usize::from(n)].to_vec()),
+    ]
+}
+
 pub fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         8 => (place(), any::<u16>()).prop_map(|(p, n)| Op::Write(p, n)),
@@ -60,7 +72,7 @@ pub fn op() -> impl Strategy<Value = Op> {
         2 => place().prop_map(Op::Renew),
         5 => (place(), place()).prop_map(|(p, q)| Op::Rename(p, q)),
         3 => (place(), place()).prop_map(|(p, q)| Op::Link(p, q)),
-        1 => (place(), any::<u8>()).prop_map(|(p, n)| Op::Symlink(p, n)),
+        2 => (place(), target()).prop_map(|(p, t)| Op::Symlink(p, t)),
         2 => (place(), 0u16..0o10000).prop_map(|(p, m)| Op::Chmod(p, m)),
         1 => (place(), 0u32..200_000, 0u32..200_000).prop_map(|(p, u, g)| Op::Chown(p, u, g)),
         1 => (place(), any::<i32>(), 0u32..1_000_000_000).prop_map(|(p, s, n)| Op::Touch(p, s, n)),
@@ -119,9 +131,7 @@ fn one(root: &Path, op: &Op) -> std::io::Result<()> {
             }
             fs::hard_link(from, new_path(root, to))
         }
-        Op::Symlink(at, n) => {
-            symlink(OsStr::from_bytes(&content(u16::from(*n) + 1)[..1 + *n as usize]), path(root, at))
-        }
+        Op::Symlink(at, to) => symlink(OsStr::from_bytes(to), path(root, at)),
         Op::Chmod(at, mode) => chmod(&path(root, at), u32::from(*mode)),
         Op::Chown(at, uid, gid) => lchown(path(root, at), Some(*uid), Some(*gid)),
         Op::Touch(at, secs, nanos) => touch(&path(root, at), *secs, *nanos),

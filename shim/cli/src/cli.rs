@@ -250,7 +250,7 @@ pub struct CommitArgs {
     /// container stands still meanwhile
     ///
     /// Exits 1 when they differ.
-    #[arg(long, conflicts_with = "subtree")]
+    #[arg(long)]
     pub verify: bool,
     /// Print the image's digest only
     #[arg(short, long, conflicts_with = "json")]

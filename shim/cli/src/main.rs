@@ -22,6 +22,7 @@ mod control;
 mod failure;
 mod output;
 mod progress;
+mod scratch;
 mod source;
 mod vms;
 

@@ -4,11 +4,14 @@
 //!   archive: oci-layout  index.json ──> blobs/sha256/<manifest> ──> <config>, <layer: uncompressed tar>
 //! ```
 
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
+use rustix::buffer::spare_capacity;
+use rustix::fs::{lgetxattr, llistxattr};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -136,13 +139,15 @@ fn architecture() -> &'static str {
     }
 }
 
-/// Digest of everything in a folder: names, kinds, modes, owners, times and contents.
+/// Digest of everything in a folder, as [`tree_lines`] tells it.
 pub fn tree_digest(root: &Path) -> String {
-    let mut hash = Sha256::new();
-    for path in sorted_tree(root) {
-        hash.update(describe(root, &path));
-    }
-    hex(&hash.finalize())
+    digest(tree_lines(root).concat().as_bytes())
+}
+
+/// Everything in a folder, a line each: names, kinds, modes, owners, times, hard links, attributes and contents.
+pub fn tree_lines(root: &Path) -> Vec<String> {
+    let mut firsts = HashMap::new();
+    sorted_tree(root).iter().map(|path| describe(root, path, &mut firsts)).collect()
 }
 
 fn sorted_tree(folder: &Path) -> Vec<PathBuf> {
@@ -156,17 +161,37 @@ fn sorted_tree(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
-fn describe(root: &Path, path: &Path) -> String {
+fn describe(root: &Path, path: &Path, firsts: &mut HashMap<(u64, u64), PathBuf>) -> String {
     use std::os::unix::fs::MetadataExt;
     let meta = path.symlink_metadata().expect("it was just listed");
     let content = match () {
         () if meta.is_file() => digest(&fs::read(path).expect("readable")),
-        () if meta.is_symlink() => fs::read_link(path).expect("a link").display().to_string(),
+        () if meta.is_symlink() => format!("-> {:?}", fs::read_link(path).expect("a link")),
         () => String::new(),
     };
-    let name = path.strip_prefix(root).expect("beneath the root").display();
+    let name = path.strip_prefix(root).expect("beneath the root");
+    // An overlay counts links that it does not show: only names that are seen together are linked.
+    let first = firsts.entry((meta.dev(), meta.ino())).or_insert_with(|| name.to_owned());
+    let linked = (!meta.is_dir() && first != name).then(|| first.clone());
     let (mode, owner, time) = (meta.mode(), (meta.uid(), meta.gid()), (meta.mtime(), meta.mtime_nsec()));
-    format!("{name:?} {mode:o} {owner:?} {time:?} {:?} {content}\n", meta.rdev())
+    let attributes = attributes(path);
+    format!("{name:?} {mode:o} {owner:?} {time:?} {:?} {linked:?} {attributes:?} {content}\n", meta.rdev())
+}
+
+/// The names of an inode's extended attributes, and their values in hexadecimal.
+fn attributes(path: &Path) -> BTreeMap<String, String> {
+    const LONGEST: usize = 64 * 1024;
+    let mut names = Vec::with_capacity(LONGEST);
+    // A file system without attributes has none.
+    if llistxattr(path, spare_capacity(&mut names)).is_err() {
+        return BTreeMap::new();
+    }
+    let value = |name: &[u8]| {
+        let mut value = Vec::with_capacity(LONGEST);
+        lgetxattr(path, name, spare_capacity(&mut value)).expect("it was just listed");
+        (String::from_utf8_lossy(name).into_owned(), hex(&value))
+    };
+    names.split(|byte| *byte == 0).filter(|name| !name.is_empty()).map(value).collect()
 }
 
 #[cfg(test)]
@@ -174,7 +199,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_tree_digest_sees_content_mode_and_names() {
+    fn a_tree_digest_sees_content_mode_names_and_hard_links() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("f");
         fs::write(&file, "a").unwrap();
@@ -184,7 +209,11 @@ mod tests {
         let chmod = tree_digest(folder.path());
         assert_ne!(before, chmod);
         symlink("f", folder.path().join("l")).unwrap();
-        assert_ne!(chmod, tree_digest(folder.path()));
+        let linked = tree_digest(folder.path());
+        assert_ne!(chmod, linked);
+        fs::hard_link(&file, folder.path().join("z")).unwrap();
+        let hard = tree_lines(folder.path());
+        assert!(hard[3].contains("Some(\"f\")"), "{hard:?}");
     }
 
     #[test]

@@ -13,7 +13,6 @@ mod still;
 
 use std::path::PathBuf;
 
-use tempfile::TempDir;
 use vmctr_images::root::{RootPlan, Upper};
 use vmctr_images::upper::{Consistency, Layers, Namespace, Scope};
 use vmctr_vmm::run_dir;
@@ -22,6 +21,7 @@ use crate::commands::Context;
 use crate::container::Container;
 use crate::control::{self, Hold};
 use crate::failure::Failure;
+use crate::scratch::Scratch;
 pub use spool::Archive;
 use spool::archive;
 pub use still::Still;
@@ -41,7 +41,7 @@ pub struct Source {
     /// Of its shim, if it has a VM.
     socket: Option<PathBuf>,
     /// A copy of the upper that the guest keeps.
-    _spool: Option<TempDir>,
+    _spool: Option<Scratch>,
 }
 
 impl Source {
@@ -94,7 +94,7 @@ async fn begin(socket: &std::path::Path, freeze: bool) -> Result<Option<Hold>, F
 async fn folders(
     container: &Container,
     socket: Option<&PathBuf>,
-) -> Result<(Vec<PathBuf>, Scope, Option<TempDir>), Failure> {
+) -> Result<(Vec<PathBuf>, Scope, Option<Scratch>), Failure> {
     match &container.root {
         RootPlan::Folder { path, .. } => Ok((vec![path.clone()], Scope::Everything, None)),
         RootPlan::Union { lowers, upper } => {

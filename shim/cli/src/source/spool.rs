@@ -7,7 +7,6 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::Context as _;
-use tempfile::TempDir;
 use tokio::task::spawn_blocking;
 use tonic::Streaming;
 use vmctr_images::layer::LayerReader;
@@ -17,6 +16,7 @@ use vmctr_proto::control::ReadUpperReply;
 
 use crate::control;
 use crate::failure::Failure;
+use crate::scratch::Scratch;
 
 /// Name of the folder in the spool.
 pub const UPPER: &str = "upper";
@@ -34,16 +34,14 @@ pub fn archive(stream: Streaming<ReadUpperReply>) -> Archive {
 }
 
 /// Fetches the folder.
-pub async fn fetch(socket: &Path) -> Result<TempDir, Failure> {
+pub async fn fetch(socket: &Path) -> Result<Scratch, Failure> {
     let limit = control::inspect(socket).await?.memory_bytes.saturating_mul(TIMES_MEMORY);
     let archive = archive(control::read_upper(socket).await?);
     Ok(spawn_blocking(move || unpack(archive, limit)).await.context("unpacking was interrupted")??)
 }
 
-/// In /var/tmp: it is meant for large files, and its file system knows all attributes.
-fn unpack(archive: Archive, limit: u64) -> anyhow::Result<TempDir> {
-    let spool = tempfile::Builder::new().prefix("vmctr-upper-").tempdir_in("/var/tmp");
-    let spool = spool.context("cannot make a folder in /var/tmp")?;
+fn unpack(archive: Archive, limit: u64) -> anyhow::Result<Scratch> {
+    let spool = Scratch::new()?;
     let upper = spool.path().join(UPPER);
     fs::create_dir(&upper).with_context(|| format!("cannot make {}", upper.display()))?;
     let reader = LayerReader::literal(archive, limit).context("The guest's changes cannot be read")?;

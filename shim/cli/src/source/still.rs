@@ -32,6 +32,11 @@ impl Still {
         Ok(())
     }
 
+    /// Whether it stands still, so that somebody waits.
+    pub fn holds(&self) -> bool {
+        self.with(|state| state.hold.is_some())
+    }
+
     /// How long it was frozen, as its shim measured; zero if it was not, or still is.
     pub fn frozen(&self) -> Duration {
         self.with(|state| state.frozen)

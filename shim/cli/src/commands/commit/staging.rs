@@ -3,16 +3,15 @@
 //! ```text
 //!   --to-dir DIR                      the new folder itself
 //!   containerd, overlay snapshotter   the new layer's snapshot, prepared before the container stands still
-//!   --pause=false, otherwise          a folder in /var/tmp
+//!   --pause=false, or few changes     a folder in /var/tmp
 //!   otherwise                         nowhere: the layer is made from the upper
 //! ```
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use tempfile::TempDir;
 use tokio::task::spawn_blocking;
-use vmctr_images::commit::{Changes, capture, capture_in_snapshot};
+use vmctr_images::commit::{Changes, capture, capture_in_snapshot, few};
 use vmctr_images::config::Base;
 use vmctr_images::digest::ChainId;
 use vmctr_images::store::containerd::{Snapshot, Store};
@@ -22,6 +21,10 @@ use super::Work;
 use super::order::{Image, Order};
 use crate::container::Container;
 use crate::failure::Failure;
+use crate::scratch::Scratch;
+
+const FEW_ENTRIES: u64 = 1000;
+const FEW_BYTES: u64 = 64 << 20;
 
 /// Where the changes were copied to.
 pub enum Staged {
@@ -32,7 +35,7 @@ pub enum Staged {
         /// Which.
         dir: PathBuf,
         /// Removed in the end, if it is ours.
-        _temporary: Option<TempDir>,
+        _temporary: Option<Scratch>,
     },
     /// The new layer's snapshot.
     Snapshot(Snapshot),
@@ -80,15 +83,24 @@ impl Work<'_> {
         }
         let (dir, temporary) = match &self.order.to_dir {
             Some(dir) => (std::path::absolute(dir)?, None),
-            None if self.source.consistency == Consistency::Live => {
-                let temporary = tempfile::Builder::new().prefix("vmctr-commit-").tempdir_in("/var/tmp");
-                let temporary = temporary.context("cannot make a folder in /var/tmp")?;
+            None if self.source.consistency == Consistency::Live || self.few_changes()? => {
+                let temporary = Scratch::new()?;
                 (temporary.path().join("changes"), Some(temporary))
             }
             None => return Ok(Staged::No),
         };
         self.in_folder(&dir).await?;
         Ok(Staged::Folder { dir, _temporary: temporary })
+    }
+
+    /// Whether somebody waits, and copying what changed takes no longer than looking at it.
+    fn few_changes(&self) -> Result<bool, Failure> {
+        if self.order.verify || self.source.scope != Scope::Changes || !self.source.still.holds() {
+            return Ok(false);
+        }
+        let (layers, subtree) = (self.source.layers()?, &self.order.subtree);
+        let changes = Changes { layers: &layers, scope: self.source.scope, subtree };
+        Ok(few(&changes, FEW_ENTRIES, FEW_BYTES)?)
     }
 
     async fn in_snapshot(&mut self, snapshot: Snapshot) -> Result<Staged, Failure> {

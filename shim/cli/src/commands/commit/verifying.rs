@@ -17,6 +17,7 @@ use vmctr_images::verify::{Live, blob_in_archive, differences, unpack};
 use super::Work;
 use super::order::{Files, Image};
 use crate::failure::Failure;
+use crate::scratch::Scratch;
 
 type Source = Box<dyn Read + Send>;
 
@@ -61,12 +62,12 @@ impl Work<'_> {
         if self.order.scope == Scope::Changes {
             folders.extend(self.source.folders.iter().skip(1).cloned());
         }
-        let clamp = self.order.layer.clamp;
+        let (clamp, within) = (self.order.layer.clamp, self.order.subtree.clone());
         let merged = self.source.merged().await?.map(|archive| self.progress.reading(archive));
         let (layers, archive) = (self.source.layers()?, merged);
         let compared = spawn_blocking(move || match archive {
-            Some(archive) => differences(&folders, Live::Guest(Box::new(archive)), clamp),
-            None => differences(&folders, Live::Folders(&layers), clamp),
+            Some(archive) => differences(&folders, Live::Guest(Box::new(archive)), clamp, &within),
+            None => differences(&folders, Live::Folders(&layers), clamp, &within),
         });
         let found: Vec<Difference> = compared.await.context("comparing was interrupted")??;
         self.report.compared(&found);
@@ -78,9 +79,8 @@ impl Work<'_> {
 const LAYER: &str = "layer";
 
 /// The layer's files in a folder of their own, and whether the layer is what was written.
-fn scratch(stored: impl Read, layer: &LayerInfo) -> Result<(tempfile::TempDir, bool), Failure> {
-    let scratch = tempfile::Builder::new().prefix("vmctr-verify-").tempdir_in("/var/tmp");
-    let scratch = scratch.context("cannot make a folder in /var/tmp")?;
+fn scratch(stored: impl Read, layer: &LayerInfo) -> Result<(Scratch, bool), Failure> {
+    let scratch = Scratch::new()?;
     let dir = scratch.path().join(LAYER);
     std::fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let whole = unpack(stored, layer, &dir)?;

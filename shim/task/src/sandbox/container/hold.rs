@@ -1,7 +1,7 @@
 //! Standing still while somebody reads the container's changes from its upper.
 //!
 //! ```text
-//!            hold: freeze what runs, flush            release, VM's end: thaw what hold froze
+//!            hold: flush, freeze, flush               release, VM's end: thaw what hold froze
 //!   free ────────────────────────────────────> held ────────────────────────────────────────> free
 //!                  └─ fails: thawed at once
 //! ```
@@ -35,6 +35,10 @@ impl Container {
     pub async fn hold(&mut self, freeze: bool) -> Result<u64> {
         self.check_not_held()?;
         let running = self.session.is_some() && self.init()?.process.phase() == Phase::Running;
+        if freeze && running {
+            // What the host has to write is written while the processes run: little is left for the pause.
+            self.flush().await?;
+        }
         let froze = (freeze && running).then(Instant::now);
         if froze.is_some() {
             self.freeze_in_guest().await?;
