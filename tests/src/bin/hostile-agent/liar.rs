@@ -192,4 +192,9 @@ impl Agent for Liar {
     async fn export(&self, _: Request<ExportRequest>) -> Reply<Empty> {
         agree()
     }
+
+    /// As an agent of an earlier release.
+    async fn export_container(&self, _: Request<ContainerRef>) -> Reply<ExportContainerReply> {
+        Err(Status::unimplemented(""))
+    }
 }
