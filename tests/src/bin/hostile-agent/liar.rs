@@ -9,8 +9,8 @@ use tonic::{Request, Response, Status};
 use vmctr_proto::agent::agent_server::{Agent, AgentServer};
 use vmctr_proto::agent::{
     ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, EventsRequest, ExitEvent,
-    ExportRequest, HelloReply, HelloRequest, MountShareRequest, PidsReply, ProcessId, ProcessRef,
-    ResizePtyRequest, SignalRequest, StartReply, StatsReply, UpdateRequest, UpperChunk, event,
+    ExportContainerReply, ExportRequest, HelloReply, HelloRequest, MountShareRequest, PidsReply, ProcessId,
+    ProcessRef, ResizePtyRequest, SignalRequest, StartReply, StatsReply, UpdateRequest, UpperChunk, event,
 };
 use vmctr_proto::ports;
 
