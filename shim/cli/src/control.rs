@@ -139,7 +139,7 @@ pub async fn export(socket: &Path) -> Result<u32, Error> {
         match client.export(ExportRequest {}).await {
             Ok(reply) => Ok(reply.into_inner().export),
             Err(status) if status.code() == Code::Unimplemented => Err(Error::NoExports),
-            Err(status) if status.code() == Code::FailedPrecondition => {
+            Err(status) if matches!(status.code(), Code::FailedPrecondition | Code::NotFound) => {
                 Err(Error::NotRunning { message: status.message().to_owned() })
             }
             Err(status) => Err(refused(socket, &status)),
