@@ -383,6 +383,15 @@ fn write_pairs(one: &Path, other: &Path, stop: &AtomicBool) -> usize {
     count
 }
 
+/// The writer ends however the test does.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn a_commit_sees_one_moment_of_what_the_host_writes() {
     let rig = Rig::vmctr();
@@ -394,6 +403,7 @@ fn a_commit_sees_one_moment_of_what_the_host_writes() {
     let out = rig.new_folder("out");
     let written = thread::scope(|scope| {
         let writer = scope.spawn(|| write_pairs(&one, &other, &stop));
+        let ending = SetOnDrop(&stop);
         eventually("something is written", PATIENCE, || one.exists() && other.exists());
         for round in 0..3 {
             let folder = out.join(round.to_string());
@@ -404,7 +414,7 @@ fn a_commit_sees_one_moment_of_what_the_host_writes() {
             let (ones, others) = (lines(&folder.join("one")), lines(&folder.join("other")));
             assert!(ones == others || ones == others + 1, "{ones} lines, and {others}");
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(ending);
         writer.join().expect("the writer does not fail")
     });
     assert_eq!((lines(&one), lines(&other)), (written, written));

@@ -170,8 +170,10 @@ fn log_to(path: &Path) -> io::Result<()> {
 
 impl Mounted {
     async fn serve(mut self) {
-        self.until_gone().await;
+        let was_lost = self.until_gone().await;
         let lost = match &self.helper {
+            // Whoever used it has seen errors.
+            Some(_) if was_lost => Ok(()),
             Some(helper) => flush(helper).await,
             None => Ok(()),
         };
@@ -190,8 +192,8 @@ impl Mounted {
         }
     }
 
-    /// Returns when nobody uses the mount any more.
-    async fn until_gone(&mut self) {
+    /// Returns when nobody uses the mount any more; whether it failed before.
+    async fn until_gone(&mut self) -> bool {
         let (mut lost, mut until) = (false, None);
         while !self.export.is_gone() && until.is_none_or(|until| Instant::now() < until) {
             if let Some(why) = self.export.lost()
@@ -207,6 +209,7 @@ impl Mounted {
                 }
             }
         }
+        lost
     }
 
     fn cause(&self) -> String {
@@ -231,10 +234,7 @@ impl Mounted {
     }
 }
 
-/// Has a VM that still runs write its changes to disk; else everybody has seen errors.
+/// Has the VM write its changes to disk.
 async fn flush(helper: &Helper) -> Result<(), String> {
-    if helper.vm().state().borrow().is_final() {
-        return Ok(());
-    }
     helper.flush().await.map_err(|error| format!("Changes may be lost: {}", error_chain(&error)))
 }
