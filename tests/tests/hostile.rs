@@ -225,3 +225,14 @@ fn output_without_end_can_be_cut_off() {
     ctr.finish();
     watch.assert_small();
 }
+
+#[test]
+fn an_agent_that_cannot_serve_its_root_is_named() {
+    let guest = Guest::with_mode("pids");
+    let rig = rig(&guest);
+    let container = rig.container("victim").sh("true").detached();
+    let dir = rig.new_folder("mnt");
+    let refused = run(rig.vmctr_command().args(["mount", container.id()]).arg(&dir));
+    assert!(refused.code() == 125 && refused.errors().contains("earlier release"), "{refused}");
+    container.remove();
+}

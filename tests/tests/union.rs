@@ -4,12 +4,12 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileTypeExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use vmctr_tests::rig::command::{Output, eventually, run};
+use vmctr_tests::rig::command::{Output, Running, eventually, run};
 use vmctr_tests::rig::vm::signal;
 use vmctr_tests::rig::{Rig, prerequisites, proc};
 
@@ -193,7 +193,7 @@ fn what_cannot_be_mounted_is_refused_in_words() {
         assert!(output.errors().contains(words), "{output} does not say {words:?}");
     }
     let none = place.vmctr(&["umount", &at("mnt")]);
-    assert!(none.code() == 127 && none.errors().contains("No union is mounted"), "{none}");
+    assert!(none.code() == 127 && none.errors().contains("No union or container is mounted"), "{none}");
 }
 
 #[test]
@@ -303,23 +303,27 @@ fn is_empty(folder: &Path) -> bool {
 }
 
 #[test]
-fn mount_8_mounts_a_union() {
+fn mount_8_and_fstab_mount_a_union() {
     let rig = Rig::vmctr();
     let place = Place::new(&rig);
     let bin = rig.new_folder("bin");
     symlink(prerequisites::binary("vmctr"), bin.join("mount.fuse.vmctr")).expect("writable");
     // mount(8) looks for its helpers in /sbin: there, for this one process and its children only.
+    let fstab =
+        format!("vmctr {} fuse.vmctr {},noauto,nofail 0 0\n", place.at("mnt").display(), place.options());
+    fs::write(place.at("fstab"), fstab).expect("writable");
     let script = format!(
         "mount -t overlay overlay -o lowerdir=$PWD/bin:/usr/sbin /usr/sbin\n\
          mount -t fuse.vmctr vmctr $PWD/mnt -o {}\n\
          grep \"vmctr $PWD/mnt fuse.vmctr \" /proc/mounts | wc -l\n\
-         cat mnt/shared; echo new > mnt/new; umount $PWD/mnt",
+         cat mnt/shared; echo new > mnt/new; umount $PWD/mnt\n\
+         mount -T $PWD/fstab $PWD/mnt; cat mnt/new; umount $PWD/mnt",
         place.options()
     );
     let mut mount = Command::new("unshare");
     mount.args(["-m", "--propagation", "private", "sh", "-ec", &script]).current_dir(rig.folder());
     mount.envs(rig.vmctr_command().get_envs().filter_map(|(name, value)| Some((name, value?))));
-    run(&mut mount).ok().prints("1\ntop");
+    run(&mut mount).ok().prints("1\ntop\nnew");
     eventually("the union is gone", PATIENCE, || place.list().is_empty());
     assert_eq!(place.text("upper/new"), "new\n");
 }
@@ -372,4 +376,62 @@ fn a_full_disk_is_told_and_the_union_goes_on() {
     place.umount();
     assert_eq!(place.text("small/upper/fits"), "fits\n");
     run(Command::new("umount").arg(&small)).ok();
+}
+
+#[test]
+fn folders_whose_file_system_keeps_no_attributes_are_refused() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    let plain = rig.new_folder("plain").display().to_string();
+    run(Command::new("mount").args(["-t", "ramfs", "plain", &plain])).ok();
+    place.shell("mkdir plain/lower plain/upper plain/work; echo plain > plain/lower/file").ok();
+    let base = place.at("base").display().to_string();
+    let options = format!("lowerdir={base},upperdir={plain}/upper,workdir={plain}/work");
+    let refused = place.try_mount(&options, "mnt");
+    assert!(refused.code() == 125 && refused.errors().contains("keeps no trusted"), "{refused}");
+    // Of lower folders nothing is asked.
+    place.try_mount(&format!("lowerdir={plain}/lower:{base}"), "mnt").ok();
+    assert_eq!(place.text("mnt/file"), "plain\n");
+    place.umount();
+    run(Command::new("umount").arg(&plain)).ok();
+}
+
+#[test]
+fn changes_that_could_not_be_written_in_the_end_are_listed_until_somebody_clears_them() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    place.mount();
+    fs::write(place.at("mnt/new"), "new\n").expect("writable");
+    let (qemu, fsd) = (place.process("qemu_pid"), place.process("fsd_pid"));
+    // It cannot answer any more; the end of the share daemon then ends it. umount(8) would ask it first.
+    signal(qemu, Signal::SIGSTOP);
+    place.vmctr(&["umount", "-l", &place.at("mnt").to_string_lossy()]).ok();
+    eventually("it is writing", PATIENCE, || place.list()[0]["state"] == "changing");
+    signal(fsd, Signal::SIGKILL);
+    eventually("the process ends", PATIENCE, || place.list()[0]["state"] == "dead");
+    let left = place.list();
+    assert!(left[0]["lost"].as_str().is_some_and(|why| why.contains("may be lost")), "{left:?}");
+    place.umount();
+}
+
+#[test]
+fn no_process_of_ours_mounts_an_overlay() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    let trace = place.at("trace");
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "--seccomp-bpf", "-e", "trace=mount,fsopen,fsconfig,fsmount,move_mount", "-o"]);
+    let vmctr = rig.vmctr_command();
+    strace.arg(&trace).arg(vmctr.get_program()).args(vmctr.get_args());
+    strace.args(["union", "mount", "-o", &place.options()]).arg(place.at("mnt"));
+    strace.envs(vmctr.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let traced = Running::start(strace.stdin(Stdio::null()));
+    // It ends with the last process that it follows.
+    eventually("it is mounted", PATIENCE, || place.list().iter().any(|union| union["state"] == "mounted"));
+    fs::write(place.at("mnt/new"), "new\n").expect("writable");
+    place.umount();
+    traced.finish().ok();
+    let calls = place.text("trace");
+    assert!(calls.contains("fsopen(\"fuse\"") && calls.contains("mount("), "{calls}");
+    assert!(!calls.contains("\"overlay\""), "{calls}");
 }

@@ -12,6 +12,7 @@ mod corpus;
 mod differential;
 mod hostile;
 mod lock;
+mod others;
 mod overlay;
 mod random_io;
 mod rig;

@@ -1,16 +1,19 @@
-//! Exports: overlays of the share's folders, served to the host.
+//! Exports: folders of the guest, served to the host.
 //!
 //! ```text
-//!   add(N)   /run/vmctr/exports/N/rootfs <─ overlay of share/lower/... and share/upper ──> Server N
-//!   stream on vsock EXPORT ─ hello: N ──> a thread in Server N until the host closes the stream
+//!   add(N)          /run/vmctr/exports/N/rootfs <─ overlay of share/lower/... and share/upper ──> Server N
+//!   add_container   containers/cN/rootfs ── behind the container's gate ────────────────────────> Server N
+//!   stream on vsock EXPORT ─ hello: N ──> a thread in Server N until the host closes the stream, or Server N ends
 //! ```
 //!
-//! An export stays until the guest ends. Streams are bounded, and so is the time that one may take to say hello.
+//! An export of the share stays until the guest ends. A container's ends with its container, or when its last stream
+//! closes: then nothing holds the container's root any more. Streams are bounded, and so is the time that one may
+//! take to say hello.
 
 use std::collections::HashMap;
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,8 +22,10 @@ use std::time::Duration;
 
 use nix::sched::CloneFlags;
 use rustix::io::Errno;
+use rustix::net::Shutdown;
 use rustix::process::{Resource, Rlimit, setrlimit};
-use vmctr_fileshare::export::guest::{Layers, ServeError, Server};
+use tokio::sync::Notify;
+use vmctr_fileshare::export::guest::{Gate, Layers, ServeError, Server};
 use vmctr_fileshare::export::wire::hello::{Hello, HelloError};
 use vmctr_fileshare::export::wire::stream::Stream;
 use vmctr_proto::ports;
@@ -46,8 +51,32 @@ pub struct Exports(Arc<State>);
 
 #[derive(Default)]
 struct State {
-    servers: Mutex<HashMap<u32, Arc<Server>>>,
+    table: Mutex<Table>,
     streams: AtomicUsize,
+}
+
+#[derive(Default)]
+struct Table {
+    exports: HashMap<u32, Export>,
+    /// Streams ever greeted: names them.
+    greeted: u64,
+}
+
+/// A server and who talks to it.
+struct Export {
+    server: Arc<Server>,
+    /// The greeted streams, to be closed when it ends.
+    streams: HashMap<u64, OwnedFd>,
+    /// Told when it ends; none: it stays.
+    ended: Option<Arc<Notify>>,
+}
+
+/// An export of a container.
+pub struct Lent {
+    /// What streams call it.
+    pub number: u32,
+    /// Told when it has ended.
+    pub ended: Arc<Notify>,
 }
 
 /// An export cannot be.
@@ -55,6 +84,8 @@ struct State {
 pub enum Error {
     #[error("export {0} is there already")]
     Exists(u32),
+    #[error("there are too many exports")]
+    Full,
     #[error(transparent)]
     Mount(#[from] rootfs::Error),
     #[error("{0}")]
@@ -80,23 +111,45 @@ impl Exports {
 
     /// Mounts an overlay and serves it under this number. Blocks.
     pub fn add(&self, number: u32, plan: RootPlan) -> Result<(), Error> {
-        if self.servers().contains_key(&number) {
+        if self.table().exports.contains_key(&number) {
             return Err(Error::Exists(number));
         }
-        let limit = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
-        setrlimit(Resource::Nofile, limit).map_err(|error| io_error("allowing open files")(error.into()))?;
+        allow_open_files()?;
         let dir = Path::new(DIR).join(number.to_string());
         fs::create_dir_all(&dir).map_err(io_error(format!("creating {}", dir.display())))?;
         let server = mount_apart(plan, dir.clone()).inspect_err(|_| {
             // The first error is the one to tell.
             let _ = rootfs::remove(&dir);
         })?;
-        self.servers().insert(number, Arc::new(server));
+        self.table().exports.insert(number, Export::new(server, None));
         Ok(())
     }
 
-    fn servers(&self) -> MutexGuard<'_, HashMap<u32, Arc<Server>>> {
-        self.0.servers.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Serves a container's root under a number of its own. Blocks.
+    pub fn add_container(&self, root: &Path, gate: Arc<Gate>) -> Result<Lent, Error> {
+        allow_open_files()?;
+        let server = Server::new(root)?.with_gate(gate);
+        let ended = Arc::new(Notify::new());
+        let mut table = self.table();
+        let number = (0..=u32::MAX).find(|number| !table.exports.contains_key(number)).ok_or(Error::Full)?;
+        table.exports.insert(number, Export::new(server, Some(Arc::clone(&ended))));
+        Ok(Lent { number, ended })
+    }
+
+    /// Whether the export has streams.
+    pub fn is_used(&self, number: u32) -> bool {
+        self.table().exports.get(&number).is_some_and(|export| !export.streams.is_empty())
+    }
+
+    /// Ends an export: its streams close, which tells the host.
+    pub fn end(&self, number: u32) {
+        if let Some(export) = self.table().exports.remove(&number) {
+            export.end();
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn accept(&self, listener: &VsockListener) {
@@ -135,12 +188,56 @@ impl Exports {
         limit(Some(HELLO_TIME))?;
         let hello = Hello::hear(&stream).map_err(ServeError::Hello)?;
         limit(None)?;
-        let server = self.servers().get(&hello.export).cloned();
-        match server {
-            Some(server) => server.serve_greeted(stream, &hello),
-            None => refuse(&stream).map_err(ServeError::Hello),
+        let Some((server, name)) = self.join(hello.export, &stream).map_err(ServeError::Thread)? else {
+            return refuse(&stream).map_err(ServeError::Hello);
+        };
+        let served = server.serve_greeted(stream, &hello);
+        drop(server);
+        self.leave(hello.export, name);
+        served
+    }
+
+    /// Notes a stream with its export; none when there is no such export.
+    fn join(&self, number: u32, stream: &Stream) -> io::Result<Option<(Arc<Server>, u64)>> {
+        let mut table = self.table();
+        table.greeted += 1;
+        let name = table.greeted;
+        let Some(export) = table.exports.get_mut(&number) else { return Ok(None) };
+        export.streams.insert(name, stream.as_fd().try_clone_to_owned()?);
+        Ok(Some((Arc::clone(&export.server), name)))
+    }
+
+    /// A stream has closed. It may have been the last.
+    fn leave(&self, number: u32, name: u64) {
+        let mut table = self.table();
+        let Some(export) = table.exports.get_mut(&number) else { return };
+        let was_there = export.streams.remove(&name).is_some();
+        if was_there && export.streams.is_empty() && export.ended.is_some() {
+            table.exports.remove(&number).into_iter().for_each(Export::end);
         }
     }
+}
+
+impl Export {
+    fn new(server: Server, ended: Option<Arc<Notify>>) -> Self {
+        Self { server: Arc::new(server), streams: HashMap::new(), ended }
+    }
+
+    /// The threads that serve it see their streams end and let go of it.
+    fn end(self) {
+        for stream in self.streams.values() {
+            // One that is closed already is as good.
+            let _ = rustix::net::shutdown(stream, Shutdown::Both);
+        }
+        if let Some(ended) = self.ended {
+            ended.notify_one();
+        }
+    }
+}
+
+fn allow_open_files() -> Result<(), Error> {
+    let limit = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
+    setrlimit(Resource::Nofile, limit).map_err(|error| io_error("allowing open files")(error.into()))
 }
 
 fn refuse(stream: &Stream) -> Result<(), HelloError> {

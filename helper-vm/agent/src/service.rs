@@ -11,9 +11,9 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 use vmctr_proto::agent::agent_server::{Agent, AgentServer};
 use vmctr_proto::agent::{
-    ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, EventsRequest, ExportRequest,
-    HelloReply, HelloRequest, MountShareRequest, PidsReply, ProcessRef, ResizePtyRequest, SignalRequest,
-    StartReply, StatsReply, UpdateRequest, UpperChunk,
+    ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, EventsRequest,
+    ExportContainerReply, ExportRequest, HelloReply, HelloRequest, MountShareRequest, PidsReply, ProcessRef,
+    ResizePtyRequest, SignalRequest, StartReply, StatsReply, UpdateRequest, UpperChunk,
 };
 use vmctr_proto::{PROTOCOL_VERSION, PROTOCOL_VERSION_MIN, negotiate, ports};
 
@@ -206,6 +206,14 @@ impl Agent for Service {
 
     async fn export(&self, request: Request<ExportRequest>) -> Result<Response<Empty>, Status> {
         done(verbs::export(self.exports.clone(), request.into_inner())).await
+    }
+
+    async fn export_container(
+        &self,
+        request: Request<ContainerRef>,
+    ) -> Result<Response<ExportContainerReply>, Status> {
+        let (guest, exports) = (self.guest.clone(), self.exports.clone());
+        run(verbs::export_container(guest, exports, request.into_inner())).await
     }
 }
 

@@ -93,6 +93,15 @@ pub enum Verb {
     /// Keep VMs that wait for containers, or list them
     #[command(subcommand)]
     Pool(PoolVerb),
+    /// Mount the root of a running container on this host, as its processes see it
+    ///
+    /// Returns when the mount is usable; a background process keeps it. Image and changes are shown, not what is
+    /// mounted in the container: volumes, /proc, /sys. Both sides may write. What the container writes is seen here
+    /// within a second, at once by who opens the file after that; the container sees at once what is written here.
+    /// When the container ends, the mount fails until it is unmounted.
+    Mount(MountArgs),
+    /// Unmount what `vmctr mount` or `vmctr union mount` mounted, or remove what is left of it
+    Umount(UnionUmount),
     /// Mount unions of folders, made by a helper VM: this host's kernel needs FUSE only
     #[command(subcommand)]
     Union(UnionVerb),
@@ -110,9 +119,9 @@ pub enum UnionVerb {
     ///
     /// Returns when all changes are on disk and the VM has ended. Exits 127 when there is no union.
     Umount(UnionUmount),
-    /// List the unions, also those of which only something is left
+    /// List the unions and mounted containers, also those of which only something is left
     Ls,
-    /// Show a union: folders, options, processes, log
+    /// Show a union or mounted container: folders, options, processes, log
     Inspect {
         /// Where it is mounted
         #[arg(value_name = "MOUNTPOINT")]
@@ -121,6 +130,20 @@ pub enum UnionVerb {
     /// What `mount` starts in the background
     #[command(hide = true)]
     Serve,
+}
+
+/// Arguments of `vmctr mount`.
+#[derive(Args, Debug)]
+pub struct MountArgs {
+    /// The container's ID
+    #[arg(value_name = "CONTAINER")]
+    pub container: String,
+    /// An empty folder
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+    /// Nothing can be changed here
+    #[arg(long)]
+    pub ro: bool,
 }
 
 /// Arguments of `vmctr union mount`.
@@ -136,7 +159,7 @@ pub struct UnionMount {
     pub mountpoint: PathBuf,
 }
 
-/// Arguments of `vmctr union umount`.
+/// Arguments of `vmctr umount` and `vmctr union umount`.
 #[derive(Args, Debug)]
 pub struct UnionUmount {
     /// Take it away now, and end it when nobody uses it any more

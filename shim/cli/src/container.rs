@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use containerd_client::Client;
-use containerd_client::services::v1::GetContainerRequest;
 use containerd_client::services::v1::snapshots::MountsRequest;
+use containerd_client::services::v1::{Container as Record, GetContainerRequest};
 use containerd_client::tonic::metadata::MetadataValue;
 use containerd_client::tonic::{Code, Request, Status};
 use serde::Deserialize;
@@ -45,22 +45,33 @@ struct Root {
     path: PathBuf,
 }
 
+/// Fails unless containerd has the container and vmctr runs it.
+pub async fn check(context: &Context, client: &Client, id: &str) -> Result<(), Failure> {
+    record(context, client, id).await.map(drop)
+}
+
 /// Asks containerd for the container.
 pub async fn find(context: &Context, client: &Client, id: &str) -> Result<Container, Failure> {
-    let request = context.request(GetContainerRequest { id: id.to_owned() })?;
-    let reply = client.containers().get(request).await.map_err(|status| missing(context, id, &status))?;
-    let container = reply.into_inner().container.context("containerd answered without a container")?;
-    let runtime = container.runtime.map(|runtime| runtime.name).unwrap_or_default();
-    if runtime != RUNTIME {
-        let error = anyhow::anyhow!("Container {id} runs under {runtime}, not under {RUNTIME}");
-        return Err(Failure::failed(error).hint("vmctr reads containers that it runs in VMs"));
-    }
+    let container = record(context, client, id).await?;
     let spec = container.spec.context("the container has no spec")?;
     let spec: Spec = serde_json::from_slice(&spec.value).context("the container's spec is malformed")?;
     let mounts = mounts(context, client, &container.snapshotter, &container.snapshot_key).await?;
     let upper = UpperChoice::of(&spec.annotations)?;
     let root = root::plan(&mounts, spec.root.map(|root| root.path).as_deref(), &upper)?;
     Ok(Container { id: id.to_owned(), image: container.image, snapshotter: container.snapshotter, root })
+}
+
+/// What containerd has written down of a container of ours.
+async fn record(context: &Context, client: &Client, id: &str) -> Result<Record, Failure> {
+    let request = context.request(GetContainerRequest { id: id.to_owned() })?;
+    let reply = client.containers().get(request).await.map_err(|status| missing(context, id, &status))?;
+    let container = reply.into_inner().container.context("containerd answered without a container")?;
+    let runtime = container.runtime.as_ref().map(|runtime| runtime.name.as_str()).unwrap_or_default();
+    if runtime != RUNTIME {
+        let error = anyhow::anyhow!("Container {id} runs under {runtime}, not under {RUNTIME}");
+        return Err(Failure::failed(error).hint("vmctr reads containers that it runs in VMs"));
+    }
+    Ok(container)
 }
 
 async fn mounts(

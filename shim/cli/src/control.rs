@@ -10,12 +10,15 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status, Streaming};
 use vmctr_proto::control::control_client::ControlClient;
 use vmctr_proto::control::{
-    HoldReply, HoldRequest, InspectReply, InspectRequest, ReadMergedRequest, ReadUpperReply,
+    ExportRequest, HoldReply, HoldRequest, InspectReply, InspectRequest, ReadMergedRequest, ReadUpperReply,
     ReadUpperRequest, ReleaseRequest,
 };
 
 /// How long a shim may take: it only looks at what it knows.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long the guest may take to open a container's root; the shim has a limit of its own.
+const EXPORT_PATIENCE: Duration = Duration::from_secs(15);
 
 /// How long freezing a container and writing its changes back may take; the shim has limits of its own.
 const HOLD_PATIENCE: Duration = Duration::from_secs(90);
@@ -41,6 +44,10 @@ pub enum Error {
     Silent { socket: PathBuf, patience: Duration },
     #[error("The shim at {socket} has no container")]
     NotFound { socket: PathBuf },
+    #[error("The container does not run: {message}")]
+    NotRunning { message: String },
+    #[error("The container's VM cannot serve its root: it was started by an earlier release")]
+    NoExports,
     #[error("The shim at {socket} let the container run on too early; what was read may be incomplete")]
     LetGo { socket: PathBuf },
 }
@@ -123,6 +130,22 @@ pub async fn read_merged(socket: &Path) -> Result<Option<Streaming<ReadUpperRepl
         }
     };
     within(HOLD_PATIENCE, socket, ask).await
+}
+
+/// Has the container's root served to streams from the host; the number that they name.
+pub async fn export(socket: &Path) -> Result<u32, Error> {
+    let ask = async {
+        let mut client = ControlClient::new(connect(socket).await?);
+        match client.export(ExportRequest {}).await {
+            Ok(reply) => Ok(reply.into_inner().export),
+            Err(status) if status.code() == Code::Unimplemented => Err(Error::NoExports),
+            Err(status) if matches!(status.code(), Code::FailedPrecondition | Code::NotFound) => {
+                Err(Error::NotRunning { message: status.message().to_owned() })
+            }
+            Err(status) => Err(refused(socket, &status)),
+        }
+    };
+    within(EXPORT_PATIENCE, socket, ask).await
 }
 
 fn refused(socket: &Path, status: &Status) -> Error {

@@ -15,8 +15,8 @@ use tracing::{Instrument, error, warn};
 use vmctr_proto::agent::UpperChunk;
 use vmctr_proto::control::control_server::{Control, ControlServer};
 use vmctr_proto::control::{
-    HoldReply, HoldRequest, InspectReply, InspectRequest, ReadMergedRequest, ReadUpperReply,
-    ReadUpperRequest, ReleaseReply, ReleaseRequest,
+    ExportReply, ExportRequest, HoldReply, HoldRequest, InspectReply, InspectRequest, ReadMergedRequest,
+    ReadUpperReply, ReadUpperRequest, ReleaseReply, ReleaseRequest,
 };
 
 use crate::error::TaskError;
@@ -108,6 +108,11 @@ impl Control for Service {
         let frozen_micros = u64::try_from(frozen.as_micros()).unwrap_or(u64::MAX);
         Ok(Response::new(ReleaseReply { frozen_micros }))
     }
+
+    async fn export(&self, _: Request<ExportRequest>) -> Result<Response<ExportReply>, Status> {
+        let export = self.0.ask_container(ContainerRequest::Export).await.map_err(|error| status(&error))?;
+        Ok(Response::new(ExportReply { export }))
+    }
 }
 
 impl Service {
@@ -162,6 +167,7 @@ fn status(error: &TaskError) -> Status {
         TaskError::NotFound(text) => Status::not_found(text),
         TaskError::Unavailable(text) => Status::unavailable(text),
         TaskError::FailedPrecondition(text) => Status::failed_precondition(text),
+        TaskError::Unimplemented(text) => Status::unimplemented(text),
         other => Status::internal(other.to_string()),
     }
 }

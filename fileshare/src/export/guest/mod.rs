@@ -7,6 +7,7 @@
 //!                             ├─ attrs    attributes, extended ones, the file system's
 //!                             └─ locks    flock and fcntl ── waits   those that have to wait
 //!                                │
+//!                 gate  lets changes wait while a container stands still
 //!                 nodes (inode table) · handles (open files) · caller (acting as who asked)
 //! ```
 //!
@@ -27,6 +28,7 @@ mod caller;
 mod data;
 mod entries;
 mod folders;
+mod gate;
 mod handles;
 mod layers;
 mod locks;
@@ -35,5 +37,6 @@ mod nodes;
 mod server;
 mod waits;
 
+pub use gate::{Gate, StillMoving};
 pub use layers::Layers;
 pub use server::{ServeError, Server};

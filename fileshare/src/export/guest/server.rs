@@ -10,6 +10,7 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::caller::own_thread;
+use super::gate::Gate;
 use super::handles::Handles;
 use super::layers::Layers;
 use super::locks::{Locks, Wish};
@@ -52,6 +53,7 @@ pub struct Server {
     pub(super) waits: Waits,
     pub(super) root: OwnedFd,
     pub(super) layers: Option<Layers>,
+    gate: Arc<Gate>,
     writeback: AtomicBool,
 }
 
@@ -109,6 +111,7 @@ impl Server {
             waits: Waits::default(),
             root: open(OFlags::RDONLY)?,
             layers: None,
+            gate: Arc::default(),
             writeback: AtomicBool::new(false),
         })
     }
@@ -117,6 +120,11 @@ impl Server {
     /// nobody changes but the host's mount.
     pub fn with_layers(self, layers: Layers) -> Self {
         Self { layers: Some(layers), ..self }
+    }
+
+    /// Lets changes through this gate only.
+    pub fn with_gate(self, gate: Arc<Gate>) -> Self {
+        Self { gate, ..self }
     }
 
     /// Serves one stream until the host closes it. Blocks; wants a thread of its own.
@@ -235,6 +243,7 @@ impl Server {
     }
 
     fn dispatch(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
+        let _inside = self.gate.enter(request.header.opcode)?;
         match request.header.opcode {
             op::LOOKUP => self.lookup(request, answer),
             op::FORGET | op::BATCH_FORGET => self.forget(request),

@@ -35,6 +35,8 @@ pub(super) const HANDLES: u64 = 1 << 63;
 #[derive(Clone, Copy, Debug)]
 pub struct Remember {
     time: Duration,
+    /// That a name is not there: somebody else may make it at any time, and be waited for.
+    absent: Duration,
 }
 
 impl Remember {
@@ -42,11 +44,10 @@ impl Remember {
     pub fn new(config: &Config) -> Self {
         // "Without limit", in a form that the kernel's arithmetic takes.
         const FOREVER: Duration = Duration::from_secs(1 << 31);
-        let time = match config.cache {
-            Cache::Alone => FOREVER,
-            Cache::For(time) => time,
-        };
-        Self { time }
+        match config.cache {
+            Cache::Alone => Self { time: FOREVER, absent: FOREVER },
+            Cache::For(time) => Self { time, absent: Duration::ZERO },
+        }
     }
 
     /// `fuse_attr_out` of attributes that were checked.
@@ -150,7 +151,7 @@ fn entry(
     exactly(body, length)?;
     let entry = Entry::take(&mut Take::new(body))?;
     let times = match entry.nodeid {
-        0 if may_lack && entry.attr == Attr::default() => (remember.time, Duration::ZERO),
+        0 if may_lack && entry.attr == Attr::default() => (remember.absent, Duration::ZERO),
         0 | ROOT_ID => return Err(Malformed("a node that is none, or the root")),
         _ => {
             check_attr(&entry.attr)?;

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 
 use crate::export::sys;
 use crate::export::wire::abi::{OUT_HEADER, OutHeader};
+use crate::export::wire::codec::Put;
 
 /// A descriptor of a connection to the kernel.
 #[derive(Debug)]
@@ -66,6 +67,18 @@ impl Device {
         let mut header = Vec::with_capacity(OUT_HEADER);
         OutHeader { len: (OUT_HEADER + body.len()) as u32, error: 0, unique }.put(&mut header);
         self.report(rustix::io::writev(&self.0, &[IoSlice::new(&header), IoSlice::new(body)]));
+    }
+
+    /// Has the kernel ask for a file's attributes the next time, and so for its size.
+    pub(super) fn forget_attributes(&self, nodeid: u64) {
+        /// `FUSE_NOTIFY_INVAL_INODE`, which stands where an answer has its error.
+        const INVAL_INODE: i32 = 2;
+        const LENGTH: usize = OUT_HEADER + 24;
+        let mut message = Vec::with_capacity(LENGTH);
+        OutHeader { len: LENGTH as u32, error: INVAL_INODE, unique: 0 }.put(&mut message);
+        // From an offset before the file's beginning: its contents stay.
+        message.u64(nodeid).u64(u64::MAX).u64(0);
+        self.answer(&message);
     }
 
     fn report(&self, written: rustix::io::Result<usize>) {

@@ -53,6 +53,10 @@ impl Lane {
 
     fn relay(&mut self, message: &mut [u8]) {
         let header = InHeader::take(&mut Take::new(message)).unwrap_or_default();
+        // Where others write, too, who opens a file sees what was written before.
+        if header.opcode == op::OPEN && self.talk.shared.attrs.is_none() {
+            self.device.forget_attributes(header.nodeid);
+        }
         let result = match header.opcode {
             op::FORGET | op::BATCH_FORGET => return self.talk.tell(message),
             op::NOTIFY_REPLY => return,

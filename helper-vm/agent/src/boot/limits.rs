@@ -21,9 +21,14 @@ const SETTINGS: [(&str, &str); 4] = [
 /// the same.
 const OPEN_FILES: u64 = 1 << 16;
 
+/// Limits the caller's open files to what containers have that ask for nothing else.
+pub fn limit_open_files() -> io::Result<()> {
+    Ok(setrlimit(Resource::Nofile, Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) })?)
+}
+
 /// Writes the settings.
 pub fn set_up() -> io::Result<()> {
-    setrlimit(Resource::Nofile, Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) })?;
+    limit_open_files()?;
     for (file, value) in SETTINGS {
         fs::write(file, value).map_err(|error| io::Error::new(error.kind(), format!("{file}: {error}")))?;
     }

@@ -13,7 +13,7 @@
 
 mod cgroups;
 pub mod console;
-mod limits;
+pub mod limits;
 mod modules;
 mod mounts;
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use libcontainer::oci_spec::runtime::Process;
 use rustix::process::Pid;
 use tokio::sync::Notify;
+use vmctr_fileshare::export::guest::Gate;
 
 use super::helper::Helper;
 use super::lifecycle::State;
@@ -29,6 +30,8 @@ pub struct Container {
     pub execs: HashMap<Arc<str>, Exec>,
     /// Stopped by the freezer.
     pub frozen: bool,
+    /// What the host changes in its root goes through here.
+    pub gate: Arc<Gate>,
     /// Being deleted: nothing new begins.
     pub deleting: bool,
     /// Told whenever a process of this container has ended, or could not be built.
@@ -63,6 +66,7 @@ impl Container {
             starting: None,
             execs: HashMap::new(),
             frozen: false,
+            gate: Arc::default(),
             deleting: false,
             exited: Arc::default(),
             registered: 0,

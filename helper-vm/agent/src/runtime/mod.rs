@@ -25,6 +25,8 @@ use std::process::ExitCode;
 
 use report::Reporter;
 
+use crate::boot::limits;
+
 /// First argument of the subcommand.
 pub const SUBCOMMAND: &str = "runtime";
 /// Second argument: build a container.
@@ -74,6 +76,11 @@ pub fn main(args: impl Iterator<Item = String>) -> ExitCode {
         return ExitCode::from(125);
     };
     log::forward_to(reporter);
+    // PID 1 may have a higher limit, for exports.
+    if let Err(error) = limits::limit_open_files() {
+        reporter.error(&format!("limiting open files: {error}"));
+        return ExitCode::FAILURE;
+    }
     // The standard error is the container's.
     std::panic::set_hook(Box::new(move |panic| reporter.error(&panic.to_string())));
     let outcome = match job.verb.as_str() {

@@ -21,6 +21,7 @@ use std::error::Error as _;
 use std::io;
 
 use tonic::{Code, Status};
+use vmctr_fileshare::export::guest::StillMoving;
 
 use crate::guest::{AdoptError, HelperError, LookupError, WatchError, WrongState};
 use crate::{archive, cgroup, exports, ids, rootfs, spec, stdio};
@@ -28,7 +29,7 @@ use crate::{archive, cgroup, exports, ids, rootfs, spec, stdio};
 pub use create::create;
 pub use delete::delete;
 pub use exec::register;
-pub use export::export;
+pub use export::{export, export_container};
 pub use freeze::{freeze, thaw};
 pub use inspect::{pids, stats};
 pub use rehearse::rehearse;
@@ -72,6 +73,8 @@ pub enum Error {
     Watch(#[from] WatchError),
     #[error(transparent)]
     Export(#[from] exports::Error),
+    #[error(transparent)]
+    Still(#[from] StillMoving),
     #[error("marking the container as running")]
     Mark(#[source] libcontainer::error::LibcontainerError),
 }
@@ -87,7 +90,7 @@ impl Error {
             }
             Self::Name(_) | Self::Spec(_) | Self::Root(_) | Self::Argument(_) => Code::InvalidArgument,
             Self::Helper(HelperError::Program(_)) => Code::InvalidArgument,
-            Self::State { .. } | Self::Busy { .. } => Code::FailedPrecondition,
+            Self::State { .. } | Self::Busy { .. } | Self::Still(_) => Code::FailedPrecondition,
             Self::Stream(_) => Code::Unavailable,
             _ => Code::Internal,
         }

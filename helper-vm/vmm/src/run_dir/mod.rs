@@ -178,7 +178,7 @@ impl RunDir {
     /// Where the VM's vsock takes `CONNECT port`.
     #[must_use]
     pub fn vsock_socket(&self) -> PathBuf {
-        self.inner.path.join("vsock.sock")
+        vsock_socket(&self.inner.path)
     }
 
     /// What is recorded.
@@ -223,6 +223,12 @@ impl Entry {
     pub fn control_socket(&self) -> PathBuf {
         control_socket(&self.path)
     }
+
+    /// Where its vsock takes `CONNECT port`.
+    #[must_use]
+    pub fn vsock_socket(&self) -> PathBuf {
+        vsock_socket(&self.path)
+    }
 }
 
 /// All VMs that have a readable run directory, in order of their keys. One that goes away or has no
@@ -249,6 +255,10 @@ pub(crate) fn make_dir(run_dir: &Path) -> io::Result<()> {
 
 fn control_socket(dir: &Path) -> PathBuf {
     dir.join("control.sock")
+}
+
+fn vsock_socket(dir: &Path) -> PathBuf {
+    dir.join("vsock.sock")
 }
 
 #[cfg(test)]

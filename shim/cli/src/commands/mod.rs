@@ -48,6 +48,8 @@ pub async fn run(cli: Cli) -> Outcome {
         Verb::Guest(verb) => guest::run(&context, verb),
         Verb::Pool(PoolVerb::Run) => pool::run(&config()?),
         Verb::Pool(PoolVerb::Ls) => pool::list(&context, &config()?),
+        Verb::Mount(args) => union::mount_container(&context, &config()?, &args).await,
+        Verb::Umount(args) => union::umount(&config()?, &args),
         Verb::Union(verb) => union::run(&context, verb).await,
         Verb::Template(verb) => template::run(&context, verb).await,
     }

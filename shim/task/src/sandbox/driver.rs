@@ -252,6 +252,7 @@ impl Live {
             ContainerRequest::Release(hold, answer) => drop(answer.send(container.release(hold).await)),
             ContainerRequest::ReadUpper(answer) => drop(answer.send(container.read_upper().await)),
             ContainerRequest::ReadMerged(answer) => drop(answer.send(container.read_merged().await)),
+            ContainerRequest::Export(answer) => drop(answer.send(container.export().await)),
             ContainerRequest::Pids(answer) => drop(answer.send(container.pids().await)),
             ContainerRequest::Stats(answer) => drop(answer.send(container.stats().await)),
             ContainerRequest::Update(resources, answer) => {

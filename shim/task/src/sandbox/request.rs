@@ -88,6 +88,8 @@ pub enum ContainerRequest {
     ReadUpper(Answer<Streaming<UpperChunk>>),
     /// Begins to read its root as its processes see it.
     ReadMerged(Answer<Streaming<UpperChunk>>),
+    /// Has its root served to streams from the host, under the number that is answered.
+    Export(Answer<u32>),
     /// Its processes in the guest.
     Pids(Answer<Vec<Pid>>),
     /// Its cgroup's figures.

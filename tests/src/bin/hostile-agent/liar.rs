@@ -9,8 +9,8 @@ use tonic::{Request, Response, Status};
 use vmctr_proto::agent::agent_server::{Agent, AgentServer};
 use vmctr_proto::agent::{
     ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, EventsRequest, ExitEvent,
-    ExportRequest, HelloReply, HelloRequest, MountShareRequest, PidsReply, ProcessId, ProcessRef,
-    ResizePtyRequest, SignalRequest, StartReply, StatsReply, UpdateRequest, UpperChunk, event,
+    ExportContainerReply, ExportRequest, HelloReply, HelloRequest, MountShareRequest, PidsReply, ProcessId,
+    ProcessRef, ResizePtyRequest, SignalRequest, StartReply, StatsReply, UpdateRequest, UpperChunk, event,
 };
 use vmctr_proto::ports;
 
@@ -191,5 +191,10 @@ impl Agent for Liar {
 
     async fn export(&self, _: Request<ExportRequest>) -> Reply<Empty> {
         agree()
+    }
+
+    /// As an agent of an earlier release.
+    async fn export_container(&self, _: Request<ContainerRef>) -> Reply<ExportContainerReply> {
+        Err(Status::unimplemented(""))
     }
 }

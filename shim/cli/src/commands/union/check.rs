@@ -12,7 +12,7 @@ use vmctr_fileshare::share::{ShareSpec, Top};
 
 use super::options::Options;
 
-/// Version of `union.json` and of the order to the background process.
+/// Version of what `mount.json` says of a union, and of the order to the background process.
 const VERSION: u32 = 1;
 
 /// Set and removed again to see whether the file system keeps what an overlay writes.
@@ -48,7 +48,7 @@ pub struct Changes {
 #[derive(Debug, thiserror::Error)]
 pub enum CheckError {
     /// Not who may mount.
-    #[error("Mounting a union takes root")]
+    #[error("Mounting takes root")]
     NotRoot,
     /// The kernel has no FUSE.
     #[error("Cannot use /dev/fuse: load the kernel's module fuse")]
@@ -133,17 +133,13 @@ const MOUNTPOINT: &str = "mountpoint";
 impl Plan {
     /// Checks everything that can be known before the start.
     pub fn check(options: Options, mountpoint: &Path) -> Result<Self, CheckError> {
-        if !rustix::process::geteuid().is_root() {
-            return Err(CheckError::NotRoot);
-        }
-        fs::File::options().read(true).write(true).open("/dev/fuse").map_err(CheckError::Fuse)?;
+        check_host()?;
         let lowers = options.lowers.iter().map(|path| resolve(LOWER, path)).collect::<Result<_, _>>()?;
         let top = options
             .top
             .map(|(upper, work)| Ok(Changes { upper: resolve(UPPER, &upper)?, work: resolve(WORK, &work)? }));
         let top = top.transpose()?;
-        let mountpoint = resolve(MOUNTPOINT, mountpoint)?;
-        check_empty(&mountpoint)?;
+        let mountpoint = check_mountpoint(mountpoint)?;
         let plan = Self { version: VERSION, mountpoint, lowers, top, options: options.words };
         check_apart(&plan.folders()?)?;
         plan.top.as_ref().map_or(Ok(()), Changes::check)?;
@@ -186,6 +182,21 @@ impl Changes {
             Err(errno) => Err(CheckError::NoXattrs(self.work.clone(), errno.into())),
         }
     }
+}
+
+/// Whether this user can mount on this host.
+pub fn check_host() -> Result<(), CheckError> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(CheckError::NotRoot);
+    }
+    fs::File::options().read(true).write(true).open("/dev/fuse").map_err(CheckError::Fuse).map(drop)
+}
+
+/// An empty folder to mount on, without symbolic links.
+pub fn check_mountpoint(path: &Path) -> Result<PathBuf, CheckError> {
+    let mountpoint = resolve(MOUNTPOINT, path)?;
+    check_empty(&mountpoint)?;
+    Ok(mountpoint)
 }
 
 fn resolve(role: &'static str, path: &Path) -> Result<PathBuf, CheckError> {

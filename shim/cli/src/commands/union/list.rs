@@ -8,15 +8,17 @@ use vmctr_vmm::config::Config;
 use vmctr_vmm::run_dir::Role;
 
 use super::check::Plan;
-use super::record::{self, State, Union};
+use super::order::Order;
+use super::record::{self, Mount, State};
 use crate::commands::Context;
 use crate::failure::{Failure, Outcome, Verdict};
 use crate::output;
 
-/// A union as it is printed.
-#[derive(Serialize)]
+/// A mount as it is printed.
+#[derive(Default, Serialize)]
 struct View {
     mountpoint: PathBuf,
+    kind: &'static str,
     state: &'static str,
     pid: Option<u32>,
     qemu_pid: Option<u32>,
@@ -25,57 +27,85 @@ struct View {
     upper: Option<PathBuf>,
     work: Option<PathBuf>,
     options: Vec<String>,
+    namespace: Option<String>,
+    container: Option<String>,
+    /// What went wrong.
+    lost: Option<String>,
     log: PathBuf,
     /// The command that removes what is left of it.
     clean_up: Option<String>,
 }
 
 impl View {
-    fn of(union: Union) -> Self {
-        let state = union.state();
-        let clean_up = format!("vmctr union umount {}", union.mountpoint.display());
-        let process = |role| union.process(role);
-        let (pid, qemu_pid, fsd_pid) = (process(Role::Shim), process(Role::Qemu), process(Role::Fsd));
-        let (lowers, top, options) = match union.plan {
-            Some(Plan { lowers, top, options, .. }) => (lowers, top, options),
-            None => Default::default(),
-        };
-        let (upper, work) = top.map(|top| (top.upper, top.work)).unzip();
-        Self {
-            log: record::log(&union.entry.path),
-            mountpoint: union.mountpoint,
+    fn of(mount: Mount) -> Self {
+        let (kind, state) = (mount.kind(), mount.state());
+        let verb = if kind == "union" { "union umount" } else { "umount" };
+        let clean_up = format!("vmctr {verb} {}", mount.mountpoint.display());
+        let process = |role| mount.process(role);
+        let view = Self {
+            kind,
             state: state.as_str(),
-            pid,
-            qemu_pid,
-            fsd_pid,
-            lowers,
-            upper,
-            work,
-            options,
+            pid: process(Role::Shim),
+            qemu_pid: process(Role::Qemu),
+            fsd_pid: process(Role::Fsd),
+            log: record::log(&mount.entry.path),
             clean_up: matches!(state, State::Lost | State::Dead).then_some(clean_up),
+            lost: mount.lost,
+            mountpoint: mount.mountpoint,
+            ..Self::default()
+        };
+        view.with(mount.order)
+    }
+
+    fn with(self, order: Option<Order>) -> Self {
+        match order {
+            Some(Order::Union(Plan { lowers, top, options, .. })) => {
+                let (upper, work) = top.map(|top| (top.upper, top.work)).unzip();
+                Self { lowers, upper, work, options, ..self }
+            }
+            Some(Order::Container(target)) => Self {
+                namespace: Some(target.namespace),
+                container: Some(target.container),
+                options: vec![if target.read_only { "ro" } else { "rw" }.to_owned()],
+                ..self
+            },
+            None => self,
         }
     }
 
     fn row(&self) -> Vec<String> {
         vec![
             self.mountpoint.display().to_string(),
+            self.kind.to_owned(),
             self.state.to_owned(),
             or_dash(self.pid),
             or_dash(self.qemu_pid),
-            self.lowers.len().to_string(),
-            or_dash(self.upper.as_ref().map(|upper| upper.display())),
+            self.source(),
         ]
+    }
+
+    /// Whose files it shows.
+    fn source(&self) -> String {
+        match (&self.container, &self.upper, self.lowers.len()) {
+            (Some(container), _, _) => container.clone(),
+            (None, Some(upper), lowers) => format!("{} over {lowers}", upper.display()),
+            (None, None, 0) => "-".to_owned(),
+            (None, None, lowers) => format!("{lowers}, read-only"),
+        }
     }
 }
 
-/// Prints all unions, and how to remove what is left of those that ended badly.
+/// Prints all mounts, what went wrong, and how to remove what is left of those that ended badly.
 pub fn list(context: &Context, config: &Config) -> Outcome {
     let views: Vec<_> = record::list(&config.run_dir)?.into_iter().map(View::of).collect();
     if context.json {
         output::json(&views)?;
     } else {
-        let header = ["MOUNTPOINT", "STATE", "PID", "QEMU PID", "LOWERS", "UPPER"];
+        let header = ["MOUNTPOINT", "KIND", "STATE", "PID", "QEMU PID", "SOURCE"];
         output::print_line(&output::table(&header, views.iter().map(View::row)))?;
+        for (view, why) in views.iter().filter_map(|view| Some((view, view.lost.as_ref()?))) {
+            eprintln!("{}: {why}", view.mountpoint.display());
+        }
         for command in views.iter().filter_map(|view| view.clean_up.as_ref()) {
             eprintln!("hint: `{command}` removes what is left");
         }
@@ -87,9 +117,9 @@ pub fn list(context: &Context, config: &Config) -> Outcome {
 pub fn inspect(context: &Context, config: &Config, mountpoint: &Path) -> Outcome {
     let shown = mountpoint.display();
     let place = record::resolve(mountpoint).with_context(|| format!("Cannot use {shown}"))?;
-    let union = record::find(&config.run_dir, &place)?
-        .ok_or_else(|| Failure::not_found(anyhow!("No union is mounted on {shown}")))?;
-    let view = View::of(union);
+    let mount = record::find(&config.run_dir, &place)?
+        .ok_or_else(|| Failure::not_found(anyhow!("No union or container is mounted on {shown}")))?;
+    let view = View::of(mount);
     if context.json {
         output::json(&view)?;
     } else {
@@ -104,7 +134,10 @@ fn text(view: &View) -> String {
     };
     output::pairs([
         ("mountpoint", view.mountpoint.display().to_string()),
+        ("kind", view.kind.to_owned()),
         ("state", view.state.to_owned()),
+        ("namespace", or_dash(view.namespace.as_ref())),
+        ("container", or_dash(view.container.as_ref())),
         ("lower folders", paths(&view.lowers)),
         ("upper folder", or_dash(view.upper.as_ref().map(|path| path.display()))),
         ("work folder", or_dash(view.work.as_ref().map(|path| path.display()))),
@@ -112,6 +145,7 @@ fn text(view: &View) -> String {
         ("process", or_dash(view.pid)),
         ("qemu", or_dash(view.qemu_pid)),
         ("fsd", or_dash(view.fsd_pid)),
+        ("lost", or_dash(view.lost.as_ref())),
         ("log", view.log.display().to_string()),
         ("clean-up", or_dash(view.clean_up.as_ref())),
     ])

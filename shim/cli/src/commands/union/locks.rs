@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
-use super::check::Plan;
+use super::order::Order;
 
 /// A union that was unmounted a moment ago still writes its changes to disk.
 const PATIENCE: Duration = Duration::from_secs(3);
 const POLL: Duration = Duration::from_millis(50);
 
-/// The folders of a union, locked.
+/// The folders of a mount, locked. A container's has none.
 #[derive(Debug)]
 pub struct Locks(#[expect(dead_code, reason = "held for their locks")] Vec<File>);
 
@@ -35,11 +35,11 @@ pub enum LockError {
 
 impl Locks {
     /// Locks all folders of the union. Blocks for a while where one is in use.
-    pub fn take(plan: &Plan) -> Result<Self, LockError> {
+    pub fn take(order: &Order) -> Result<Self, LockError> {
         let until = Instant::now() + PATIENCE;
-        let lowers = plan.lowers.iter().map(|path| (path, FlockOperation::NonBlockingLockShared));
-        let top = plan.top.iter().flat_map(|top| [&top.upper, &top.work]);
-        let top = top.map(|path| (path, FlockOperation::NonBlockingLockExclusive));
+        let (lowers, top) = order.folders();
+        let lowers = lowers.iter().map(|path| (path, FlockOperation::NonBlockingLockShared));
+        let top = top.into_iter().map(|path| (path, FlockOperation::NonBlockingLockExclusive));
         top.chain(lowers).map(|(path, how)| lock(path, how, until)).collect::<Result<_, _>>().map(Self)
     }
 }

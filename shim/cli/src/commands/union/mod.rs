@@ -1,14 +1,16 @@
-//! `vmctr union`: union mounts whose union is made by a helper VM.
+//! `vmctr union`: union mounts whose union is made by a helper VM. `vmctr mount`: the root of a running container.
 //!
 //! ```text
-//!   mount   options ─ check ─> Plan ──stdin──> vmctr union serve       one background process per union
-//!                                 <──stdout── "ready" or why not         locks ─ run directory ─ share ─ VM
-//!                                                                        agent: overlay ─ streams ─ FUSE mount
+//!   mount   options ── check ─> Plan ───┐
+//!           container ─ check ─> Target ─┴ Order ──stdin──> vmctr union serve    one background process per mount
+//!                                 "ready" or why not <──stdout──  locks ─ run directory
+//!                                      union: share ─ VM ─ agent: overlay ──┬─ streams ─ FUSE mount
+//!                                      container: its shim ─ agent: its root ┘
 //!   umount  takes the mount away, which ends that process; removes what a killed one left
 //!   ls, inspect   read the run directories
 //! ```
 //!
-//! What a union is stands in `union.json` of its run directory, whose key comes from the mountpoint.
+//! What is mounted stands in `mount.json` of its run directory, whose key comes from the mountpoint.
 
 mod check;
 mod helper;
@@ -16,14 +18,18 @@ mod list;
 mod locks;
 mod mount;
 mod options;
+mod order;
 mod record;
 mod serve;
+mod target;
 mod umount;
 
 use std::ffi::OsString;
 
+use vmctr_vmm::config::Config;
+
 use super::{Context, config};
-use crate::cli::UnionVerb;
+use crate::cli::{MountArgs, UnionUmount, UnionVerb};
 use crate::failure::Outcome;
 
 /// Does what the verb says.
@@ -36,6 +42,16 @@ pub async fn run(context: &Context, verb: UnionVerb) -> Outcome {
         UnionVerb::Inspect { mountpoint } => list::inspect(context, &config, &mountpoint),
         UnionVerb::Serve => serve::run(&config).await,
     }
+}
+
+/// `vmctr mount`.
+pub async fn mount_container(context: &Context, config: &Config, args: &MountArgs) -> Outcome {
+    mount::container(context, config, args).await
+}
+
+/// `vmctr umount`.
+pub fn umount(config: &Config, args: &UnionUmount) -> Outcome {
+    umount::run(config, args)
 }
 
 /// What mount(8) and fstab call: `mount.fuse.vmctr SOURCE MOUNTPOINT [-sfnv] [-o OPTIONS] ...`.

@@ -1,4 +1,4 @@
-//! `vmctr union mount`: checks, starts the background process and waits for its word.
+//! `vmctr union mount` and `vmctr mount`: check, start the background process and wait for its word.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -12,8 +12,11 @@ use vmctr_vmm::config::Config;
 
 use super::check::Plan;
 use super::options::Options;
+use super::order::Order;
 use super::record::{self, State};
-use crate::cli::UnionMount;
+use super::target::Target;
+use crate::cli::{MountArgs, UnionMount};
+use crate::commands::Context;
 use crate::failure::{Failure, Outcome, Verdict};
 
 /// The background process says no more than this.
@@ -35,36 +38,45 @@ pub fn run(config: &Config, args: &UnionMount) -> Outcome {
     let options = Options::parse(&args.options.join(",")).map_err(|error| {
         Failure::failed(error).hint("as in `-o lowerdir=A:B,upperdir=U,workdir=W MOUNTPOINT`")
     })?;
-    let plan = Plan::check(options, &args.mountpoint)?;
-    match wait(start(config, &plan)?)? {
+    mount(config, &Order::Union(Plan::check(options, &args.mountpoint)?))
+}
+
+/// Mounts a container's root.
+pub async fn container(context: &Context, config: &Config, args: &MountArgs) -> Outcome {
+    check_free(config, &args.dir)?;
+    mount(config, &Order::Container(Target::check(context, config, args).await?))
+}
+
+fn mount(config: &Config, order: &Order) -> Outcome {
+    match wait(start(config, order)?)? {
         Answer::Ready => Ok(Verdict::Good),
         Answer::Failed(why) => Err(anyhow!(why).into()),
     }
 }
 
-/// A union that is there, or what is left of one.
+/// A mount that is there, or what is left of one.
 fn check_free(config: &Config, mountpoint: &Path) -> Result<(), Failure> {
     let Ok(place) = record::resolve(mountpoint) else { return Ok(()) };
     let shown = place.display();
-    match record::find(&config.run_dir, &place)?.map(|union| union.state()) {
-        None | Some(State::Changing) => Ok(()),
-        Some(State::Dead) if !record::is_mounted(&place) => Ok(()),
-        Some(State::Mounted) => Err(anyhow!("A union is mounted on {shown} already").into()),
-        Some(State::Lost | State::Dead) => {
-            Err(Failure::failed(anyhow!("What is left of a union is on {shown}"))
-                .hint(format!("`vmctr union umount {shown}` clears it")))
-        }
+    let Some(found) = record::find(&config.run_dir, &place)? else { return Ok(()) };
+    let kind = found.kind();
+    match found.state() {
+        State::Changing => Ok(()),
+        State::Dead if !record::is_mounted(&place) => Ok(()),
+        State::Mounted => Err(anyhow!("A {kind} is mounted on {shown} already").into()),
+        State::Lost | State::Dead => Err(Failure::failed(anyhow!("What is left of a {kind} is on {shown}"))
+            .hint(format!("`vmctr umount {shown}` clears it"))),
     }
 }
 
-fn start(config: &Config, plan: &Plan) -> anyhow::Result<Child> {
+fn start(config: &Config, order: &Order) -> anyhow::Result<Child> {
     let mut command = Command::new(std::env::current_exe().context("Cannot find this program")?);
     command.args(["union", "serve"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
     if std::env::var_os("RUST_LOG").is_none() {
         command.env("RUST_LOG", config.log.level.as_str());
     }
     let mut child = command.current_dir("/").spawn().context("Cannot start the background process")?;
-    let order = serde_json::to_vec(plan)?;
+    let order = serde_json::to_vec(order)?;
     let mut stdin = child.stdin.take().context("The background process has no input")?;
     stdin.write_all(&order).context("Cannot tell the background process what to mount")?;
     Ok(child)

@@ -1,4 +1,12 @@
-//! What is known of the unions of this host: their run directories, and the kernel's mount table.
+//! What is known of the mounts of this host: their run directories, and the kernel's mount table.
+//!
+//! ```text
+//!   RUN_DIR/KEY/       KEY from the mountpoint
+//!     meta.json        the background process; a union's VM and share daemon
+//!     mount.json       what is mounted
+//!     log              what the background process has to say
+//!     lost             why the mount fails, or what was lost with it; stays when that is to be known
+//! ```
 
 use std::fs;
 use std::io;
@@ -6,36 +14,42 @@ use std::path::{Path, PathBuf};
 
 use vmctr_vmm::run_dir::{self, Entry, Owner, Role, RunDirError, RunKey};
 
-use super::check::Plan;
+use super::order::Order;
 
 /// Stands where containers have containerd's namespace.
 const NAMESPACE: &str = "vmctr-union";
 
-const FILE: &str = "union.json";
+const FILE: &str = "mount.json";
 const LOG: &str = "log";
+const LOST: &str = "lost";
+
+/// Of what the background process notes.
+const MAX_NOTE: usize = 4096;
 
 /// The mount's type in /proc/mounts.
 const TYPE: &str = "fuse.vmctr";
 
-/// A union that has a run directory.
+/// A mount that has a run directory.
 #[derive(Debug)]
-pub struct Union {
+pub struct Mount {
     /// Its run directory.
     pub entry: Entry,
     /// Where it is, or was, mounted.
     pub mountpoint: PathBuf,
     /// What it is; none while it is being made, or if the file is damaged.
-    pub plan: Option<Plan>,
+    pub order: Option<Order>,
+    /// What went wrong.
+    pub lost: Option<String>,
 }
 
-/// How it is with a union.
+/// How it is with a mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     /// It works.
     Mounted,
     /// It is being mounted, or its changes are being written to disk.
     Changing,
-    /// Its VM has ended: all that is asked of it fails.
+    /// Its VM or container has ended: all that is asked of it fails.
     Lost,
     /// Its process has ended: only leftovers are there.
     Dead,
@@ -53,7 +67,7 @@ impl State {
     }
 }
 
-/// Who owns a union's run directory.
+/// Who owns a mount's run directory.
 pub fn owner(mountpoint: &Path) -> Owner {
     Owner {
         namespace: NAMESPACE.to_owned(),
@@ -62,11 +76,20 @@ pub fn owner(mountpoint: &Path) -> Owner {
     }
 }
 
-/// Writes down what a union is.
-pub fn write(dir: &Path, plan: &Plan) -> io::Result<()> {
-    let whole = dir.join(FILE);
+/// Writes down what is mounted.
+pub fn write(dir: &Path, order: &Order) -> io::Result<()> {
+    write_whole(&dir.join(FILE), &serde_json::to_vec_pretty(order)?)
+}
+
+/// Writes down what went wrong.
+pub fn note_lost(dir: &Path, why: &str) -> io::Result<()> {
+    let end = why.floor_char_boundary(MAX_NOTE);
+    write_whole(&dir.join(LOST), &why.as_bytes()[..end])
+}
+
+fn write_whole(whole: &Path, bytes: &[u8]) -> io::Result<()> {
     let part = whole.with_extension("tmp");
-    fs::write(&part, serde_json::to_vec_pretty(plan)?)?;
+    fs::write(&part, bytes)?;
     fs::rename(part, whole)
 }
 
@@ -75,45 +98,56 @@ pub fn log(dir: &Path) -> PathBuf {
     dir.join(LOG)
 }
 
-/// All unions, in the order of their mountpoints.
-pub fn list(run_dir: &Path) -> Result<Vec<Union>, RunDirError> {
-    let mut unions: Vec<_> = run_dir::list(run_dir)?.into_iter().filter_map(Union::of).collect();
-    unions.sort_by(|a, b| a.mountpoint.cmp(&b.mountpoint));
-    Ok(unions)
+/// All mounts, in the order of their mountpoints.
+pub fn list(run_dir: &Path) -> Result<Vec<Mount>, RunDirError> {
+    let mut mounts: Vec<_> = run_dir::list(run_dir)?.into_iter().filter_map(Mount::of).collect();
+    mounts.sort_by(|a, b| a.mountpoint.cmp(&b.mountpoint));
+    Ok(mounts)
 }
 
-/// The union at a mountpoint. One whose directory is just being filled or removed is none.
-pub fn find(run_dir: &Path, mountpoint: &Path) -> Result<Option<Union>, RunDirError> {
+/// The mount at a mountpoint. One whose directory is just being filled or removed is none.
+pub fn find(run_dir: &Path, mountpoint: &Path) -> Result<Option<Mount>, RunDirError> {
     match Entry::open(run_dir, &RunKey::of_bundle(mountpoint)) {
         Err(RunDirError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
-        entry => Ok(entry?.and_then(Union::of)),
+        entry => Ok(entry?.and_then(Mount::of)),
     }
 }
 
-/// Whether there are files of a union at this mountpoint.
+/// Whether there are files of a mount at this mountpoint.
 pub fn has_files(run_dir: &Path, mountpoint: &Path) -> bool {
     run_dir.join(RunKey::of_bundle(mountpoint).as_str()).exists()
 }
 
-impl Union {
+impl Mount {
     fn of(entry: Entry) -> Option<Self> {
         if entry.meta.owner.namespace != NAMESPACE {
             return None;
         }
         let mountpoint = entry.meta.owner.bundle.clone();
-        let plan = fs::read(entry.path.join(FILE)).ok();
-        let plan = plan.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        Some(Self { entry, mountpoint, plan })
+        let order = fs::read(entry.path.join(FILE)).ok();
+        let order = order.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let lost = fs::read_to_string(entry.path.join(LOST)).ok();
+        Some(Self { entry, mountpoint, order, lost })
+    }
+
+    /// What it is of.
+    pub fn kind(&self) -> &'static str {
+        match self.order {
+            Some(Order::Container(_)) => "container",
+            Some(Order::Union(_)) | None => "union",
+        }
     }
 
     /// How it is with it now.
     pub fn state(&self) -> State {
         let live = |role| self.process(role).is_some();
-        match (live(Role::Shim), live(Role::Qemu)) {
+        // A container's VM is not the mount's own.
+        let served = self.lost.is_none() && (self.kind() == "container" || live(Role::Qemu));
+        match (live(Role::Shim), is_mounted(&self.mountpoint)) {
             (false, _) => State::Dead,
-            (true, true) if is_mounted(&self.mountpoint) => State::Mounted,
-            (true, false) if is_mounted(&self.mountpoint) => State::Lost,
-            (true, _) => State::Changing,
+            (true, false) => State::Changing,
+            (true, true) if served => State::Mounted,
+            (true, true) => State::Lost,
         }
     }
 
@@ -123,7 +157,7 @@ impl Union {
     }
 }
 
-/// Whether a union is mounted there.
+/// Whether something of ours is mounted there.
 pub fn is_mounted(mountpoint: &Path) -> bool {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     table.lines().filter_map(mount).any(|(point, kind)| kind == TYPE && Path::new(&point) == mountpoint)

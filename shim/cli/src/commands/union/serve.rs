@@ -1,19 +1,21 @@
-//! The background process of a union.
+//! The background process of a mount.
 //!
 //! ```text
-//!   order (stdin) ─ locks ─ run directory, log ─ VM ─ union in the guest ─ streams ─ mount ─ "ready" (stdout)
-//!        │                                                                             │
+//!   order (stdin) ─ locks ─ run directory, log ─┬ union: VM ─ union in the guest ┬ streams ─ mount ─ "ready" (stdout)
+//!        │                                      └ container: its shim, its guest ┘              │
 //!        └ an error undoes what is there, and is the answer            umount(2), or SIGTERM: taken away lazily
-//!                                                                                      │
-//!                                                     changes to disk ─ VM and share end ─ run directory removed
+//!                                                                                               │
+//!                      container: streams close                                                 │
+//!                      union: changes to disk ─ VM and share end ─ run directory removed <──────┘
 //! ```
 //!
-//! Invariant: it lives as long as the mount is in use. A VM that ends leaves the mount where it is, and all that is
-//! asked of it fails: what lies under a mountpoint is nobody's to write to by surprise.
+//! Invariant: it lives as long as the mount is in use. A VM or container that ends leaves the mount where it is, and
+//! all that is asked of it fails: what lies under a mountpoint is nobody's to write to by surprise. What could not be
+//! written to disk in the end stays noted in the run directory until somebody has seen it.
 
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -23,7 +25,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep};
 use tracing::{error, info, warn};
-use vmctr_fileshare::export::host::{Config as MountConfig, Export, Streams, unmount};
+use vmctr_fileshare::export::host::{Cache, Config as MountConfig, Export, Streams, unmount};
 use vmctr_vmm::config::Config;
 use vmctr_vmm::error_chain;
 use vmctr_vmm::run_dir::RunDir;
@@ -32,6 +34,8 @@ use super::check::Plan;
 use super::helper::Helper;
 use super::locks::Locks;
 use super::mount::{Answer, answer};
+use super::order::Order;
+use super::target::Target;
 use super::{options, record};
 use crate::failure::{Outcome, Verdict, one_line};
 
@@ -41,18 +45,22 @@ const LANES: usize = 4;
 /// A VM of one union has this one export.
 const EXPORT: u32 = 0;
 
+/// How long what a container shows may be remembered.
+const MEMORY: Duration = Duration::from_secs(1);
+
 /// Between two looks whether the mount is still there.
 const POLL: Duration = Duration::from_millis(50);
 
-/// How long a union that is to end waits for whoever still has a file open.
+/// How long a mount that is to end waits for whoever still has a file open.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// A mounted union. Its folders stay locked until it is gone.
-struct Union {
+/// A mount. Its folders stay locked until it is gone.
+struct Mounted {
     export: Export,
-    helper: Helper,
+    /// The VM that is its own; a container's is not.
+    helper: Option<Helper>,
     run_dir: RunDir,
-    mountpoint: PathBuf,
+    order: Order,
     terminate: Signal,
     _locks: Locks,
 }
@@ -62,12 +70,12 @@ pub async fn run(config: &Config) -> Outcome {
     // It is a session's leader already where the parent made it one.
     let _ = setsid();
     match start(config).await {
-        Ok(union) => {
+        Ok(mounted) => {
             if answer(&Answer::Ready).is_err() {
                 warn!("Nobody waits for the mount any more");
-                union.take_away();
+                mounted.take_away();
             }
-            union.serve().await;
+            mounted.serve().await;
             Ok(Verdict::Good)
         }
         Err(error) => {
@@ -77,16 +85,16 @@ pub async fn run(config: &Config) -> Outcome {
     }
 }
 
-async fn start(config: &Config) -> anyhow::Result<Union> {
+async fn start(config: &Config) -> anyhow::Result<Mounted> {
     let terminate = signal(SignalKind::terminate())?;
-    let plan: Plan = serde_json::from_reader(io::stdin()).context("Cannot read what to mount")?;
-    let wanted = plan.clone();
+    let order: Order = serde_json::from_reader(io::stdin()).context("Cannot read what to mount")?;
+    let wanted = order.clone();
     let locks = spawn_blocking(move || Locks::take(&wanted)).await??;
-    let run_dir = RunDir::create(&config.run_dir, record::owner(&plan.mountpoint))?;
-    match start_in(config, &plan, &run_dir).await {
+    let run_dir = RunDir::create(&config.run_dir, record::owner(order.mountpoint()))?;
+    match start_in(config, &order, &run_dir).await {
         Ok((helper, export)) => {
-            info!("The union is mounted");
-            Ok(Union { export, helper, run_dir, mountpoint: plan.mountpoint, terminate, _locks: locks })
+            info!("Mounted");
+            Ok(Mounted { export, helper, run_dir, order, terminate, _locks: locks })
         }
         Err(error) => {
             // The first error is the one to tell.
@@ -96,37 +104,62 @@ async fn start(config: &Config) -> anyhow::Result<Union> {
     }
 }
 
-async fn start_in(config: &Config, plan: &Plan, run_dir: &RunDir) -> anyhow::Result<(Helper, Export)> {
+async fn start_in(
+    config: &Config,
+    order: &Order,
+    run_dir: &RunDir,
+) -> anyhow::Result<(Option<Helper>, Export)> {
     log_to(&record::log(run_dir.path())).context("Cannot write the log")?;
-    record::write(run_dir.path(), plan).context("Cannot write down what the union is")?;
-    let helper = Helper::start(config, plan.share(), run_dir).await?;
-    match mount(&helper, plan).await {
-        Ok(export) => Ok((helper, export)),
-        Err(error) => {
-            helper.stop().await;
-            Err(error)
+    record::write(run_dir.path(), order).context("Cannot write down what is mounted")?;
+    match order {
+        Order::Container(target) => Ok((None, mount_container(target).await?)),
+        Order::Union(plan) => {
+            let helper = Helper::start(config, plan.share(), run_dir).await?;
+            match mount_union(&helper, plan).await {
+                Ok(export) => Ok((Some(helper), export)),
+                Err(error) => {
+                    helper.stop().await;
+                    Err(error)
+                }
+            }
         }
     }
 }
 
-async fn mount(helper: &Helper, plan: &Plan) -> anyhow::Result<Export> {
+async fn mount_union(helper: &Helper, plan: &Plan) -> anyhow::Result<Export> {
     helper.export(plan, EXPORT).await?;
     let mut turns = Vec::new();
     for _ in 0..LANES {
         turns.push(helper.dial().await?);
     }
     let streams = Streams { turns, waits: helper.dial().await? };
-    let config = mount_config(plan);
-    Ok(spawn_blocking(move || Export::start(&config, streams)).await??)
-}
-
-fn mount_config(plan: &Plan) -> MountConfig {
     let mut restrictions = options::restrictions(&plan.options);
     if plan.top.is_none() {
         restrictions |= MountAttrFlags::MOUNT_ATTR_RDONLY;
     }
     let layers = if options::reads_on_host(&plan.options) { plan.lowers.clone() } else { vec![] };
-    MountConfig { restrictions, layers, export: EXPORT, ..MountConfig::new(plan.mountpoint.clone()) }
+    let config =
+        MountConfig { restrictions, layers, export: EXPORT, ..MountConfig::new(plan.mountpoint.clone()) };
+    Ok(spawn_blocking(move || Export::start(&config, streams)).await??)
+}
+
+async fn mount_container(target: &Target) -> anyhow::Result<Export> {
+    let export = target.export().await?;
+    let mut config = MountConfig {
+        source: target.container.clone(),
+        cache: Cache::For(MEMORY),
+        export,
+        ..MountConfig::new(target.mountpoint.clone())
+    };
+    if target.read_only {
+        config.restrictions |= MountAttrFlags::MOUNT_ATTR_RDONLY;
+    }
+    let target = target.clone();
+    let mount = move || {
+        let turns = (0..LANES).map(|_| target.dial()).collect::<Result<_, _>>()?;
+        Ok(Export::start(&config, Streams { turns, waits: target.dial()? })?)
+    };
+    spawn_blocking(mount).await?
 }
 
 /// From here on, what is logged goes to the file; so does what libraries print.
@@ -135,31 +168,38 @@ fn log_to(path: &Path) -> io::Result<()> {
     Ok(rustix::stdio::dup2_stderr(&log)?)
 }
 
-impl Union {
+impl Mounted {
     async fn serve(mut self) {
-        self.until_gone().await;
-        if !self.helper.vm().state().borrow().is_final()
-            && let Err(error) = self.helper.flush().await
-        {
-            error!("Changes may be lost: {}", error_chain(&error));
+        let was_lost = self.until_gone().await;
+        let lost = match &self.helper {
+            // Whoever used it has seen errors.
+            Some(_) if was_lost => Ok(()),
+            Some(helper) => flush(helper).await,
+            None => Ok(()),
+        };
+        if let Err(why) = &lost {
+            self.note(why);
         }
         let Self { export, helper, run_dir, .. } = self;
-        helper.stop().await;
+        if let Some(helper) = helper {
+            helper.stop().await;
+        }
         drop(export);
-        if let Err(error) = run_dir.remove() {
+        if lost.is_ok()
+            && let Err(error) = run_dir.remove()
+        {
             error!("{}", error_chain(&error));
         }
     }
 
-    /// Returns when nobody uses the mount any more.
-    async fn until_gone(&mut self) {
+    /// Returns when nobody uses the mount any more; whether it failed before.
+    async fn until_gone(&mut self) -> bool {
         let (mut lost, mut until) = (false, None);
         while !self.export.is_gone() && until.is_none_or(|until| Instant::now() < until) {
             if let Some(why) = self.export.lost()
                 && !std::mem::replace(&mut lost, true)
             {
-                let state = self.helper.vm().state().borrow().to_string();
-                error!("The union fails from now on: {why:?}; the VM is {state}");
+                self.note(&format!("The mount fails: {why}; {}", self.cause()));
             }
             tokio::select! {
                 () = sleep(POLL) => {}
@@ -169,11 +209,32 @@ impl Union {
                 }
             }
         }
+        lost
+    }
+
+    fn cause(&self) -> String {
+        match &self.helper {
+            Some(helper) => format!("the VM is {}", *helper.vm().state().borrow()),
+            None => "the container or its VM has ended".to_owned(),
+        }
+    }
+
+    fn note(&self, why: &str) {
+        error!("{why}");
+        if let Err(error) = record::note_lost(self.run_dir.path(), why) {
+            error!("Cannot write down what was lost: {error}");
+        }
     }
 
     fn take_away(&self) {
-        if let Err(error) = unmount(&self.mountpoint, true) {
-            warn!("Cannot unmount {}: {error}", self.mountpoint.display());
+        let mountpoint = self.order.mountpoint();
+        if let Err(error) = unmount(mountpoint, true) {
+            warn!("Cannot unmount {}: {error}", mountpoint.display());
         }
     }
+}
+
+/// Has the VM write its changes to disk.
+async fn flush(helper: &Helper) -> Result<(), String> {
+    helper.flush().await.map_err(|error| format!("Changes may be lost: {}", error_chain(&error)))
 }

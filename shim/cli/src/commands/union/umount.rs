@@ -1,4 +1,5 @@
-//! `vmctr union umount`: takes the mount away and waits until its changes are on disk and its VM is gone.
+//! `vmctr union umount` and `vmctr umount`: take the mount away and wait until its changes are on disk and its own VM
+//! is gone.
 
 use std::path::Path;
 use std::thread::sleep;
@@ -26,14 +27,17 @@ pub fn run(config: &Config, args: &UnionUmount) -> Outcome {
     if record::is_mounted(&place) {
         take_away(&place, args.lazy)?;
     } else if known.is_none() {
-        return Err(Failure::not_found(anyhow!("No union is mounted on {shown}")));
+        return Err(Failure::not_found(anyhow!("No union or container is mounted on {shown}")));
     }
+    let was_served = known.is_some_and(|known| known.state() != State::Dead);
     // Whoever still has a file open keeps the VM.
     if !args.lazy {
         wait_for_end(config, &place)?;
     }
-    clear_up(config, &place)?;
-    Ok(Verdict::Good)
+    match clear_up(config, &place)? {
+        Some(why) if was_served => Err(anyhow!(why).into()),
+        _ => Ok(Verdict::Good),
+    }
 }
 
 fn take_away(place: &Path, lazy: bool) -> Result<(), Failure> {
@@ -52,20 +56,21 @@ fn take_away(place: &Path, lazy: bool) -> Result<(), Failure> {
 fn wait_for_end(config: &Config, place: &Path) -> anyhow::Result<()> {
     let until = Instant::now() + PATIENCE;
     loop {
-        match record::find(&config.run_dir, place)?.map(|union| union.state()) {
+        match record::find(&config.run_dir, place)?.map(|mount| mount.state()) {
             Some(State::Dead) => return Ok(()),
             None if !record::has_files(&config.run_dir, place) => return Ok(()),
             _ if Instant::now() < until => sleep(POLL),
-            _ => return Err(anyhow!("The union's process does not end")),
+            _ => return Err(anyhow!("The mount's process does not end")),
         }
     }
 }
 
-fn clear_up(config: &Config, place: &Path) -> anyhow::Result<()> {
-    if let Some(union) = record::find(&config.run_dir, place)?
-        && union.state() == State::Dead
-    {
-        run_dir::cleanup(&config.run_dir, &union.entry.key)?;
+/// Removes what a process has left; what it has noted.
+fn clear_up(config: &Config, place: &Path) -> anyhow::Result<Option<String>> {
+    let Some(mount) = record::find(&config.run_dir, place)? else { return Ok(None) };
+    if mount.state() != State::Dead {
+        return Ok(None);
     }
-    Ok(())
+    run_dir::cleanup(&config.run_dir, &mount.entry.key)?;
+    Ok(mount.lost)
 }

@@ -264,6 +264,15 @@ impl Container {
         Ok(())
     }
 
+    /// Has its root served to streams from the host; the number that they name.
+    pub async fn export(&self) -> Result<u32> {
+        self.check_init_live()?;
+        let container = self.container_ref();
+        let export = |mut agent: vmctr_vmm::vm::Agent| async move { agent.export_container(container).await };
+        let reply = self.live_session()?.agent().call("serve its root", CALL_LIMIT, export).await?;
+        Ok(reply.export)
+    }
+
     fn check_init_live(&self) -> Result<()> {
         self.init()?.process.check_signal()
     }
