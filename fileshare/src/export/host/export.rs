@@ -45,6 +45,15 @@ pub struct Export {
     threads: Vec<JoinHandle<()>>,
 }
 
+/// What was done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Figures {
+    /// Requests that the guest was asked and that somebody waited for.
+    pub turns: u64,
+    /// Reads that were answered from a lower file on the host.
+    pub host_reads: u64,
+}
+
 /// The export did not come to be.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -120,6 +129,11 @@ impl Export {
     pub fn turns(&self) -> Vec<(u32, u64)> {
         let opcodes = (op::LOOKUP..=op::TMPFILE).chain([op::OPEN_READ, op::OPENDIR_READ]);
         opcodes.map(|opcode| (opcode, self.shared.turns.of(opcode))).filter(|(_, count)| *count > 0).collect()
+    }
+
+    /// How often the guest was asked in all, and how often a lower file was read on the host instead.
+    pub fn figures(&self) -> Figures {
+        Figures { turns: self.shared.turns.all(), host_reads: self.shared.shortcut.reads() }
     }
 
     /// Waits until the mount is gone.

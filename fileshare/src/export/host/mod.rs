@@ -32,7 +32,7 @@ mod waits;
 
 pub use check::{Remember, check};
 pub use config::{Cache, Config, Writes};
-pub use export::{Export, StartError, Streams, SyncError};
+pub use export::{Export, Figures, StartError, Streams, SyncError};
 pub use init::InitError;
 pub use mount::{MountError, unmount};
 pub use question::Question;

@@ -248,6 +248,11 @@ impl Turns {
         }
     }
 
+    /// Of all kinds.
+    pub(super) fn all(&self) -> u64 {
+        self.0.iter().map(|count| count.load(Ordering::Relaxed)).sum()
+    }
+
     pub(super) fn of(&self, opcode: u32) -> u64 {
         self.0[Self::place(opcode)].load(Ordering::Relaxed)
     }

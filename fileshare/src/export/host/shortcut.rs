@@ -41,6 +41,7 @@ pub(super) struct Shortcut {
     layers: Vec<OwnedFd>,
     changed: Vec<AtomicU64>,
     open: Arc<AtomicUsize>,
+    reads: AtomicU64,
 }
 
 /// A lower file, open on the host.
@@ -66,6 +67,7 @@ impl Shortcut {
             layers: layers.collect::<Result<_, _>>()?,
             changed: (0..COUNTERS).map(|_| AtomicU64::new(0)).collect(),
             open: Arc::default(),
+            reads: AtomicU64::new(0),
         })
     }
 
@@ -139,7 +141,13 @@ impl Shortcut {
                 count => done += count,
             }
         }
+        self.reads.fetch_add(1, Ordering::Relaxed);
         Some(done)
+    }
+
+    /// How often something was read here.
+    pub(super) fn reads(&self) -> u64 {
+        self.reads.load(Ordering::Relaxed)
     }
 }
 

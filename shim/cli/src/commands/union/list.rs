@@ -8,7 +8,7 @@ use vmctr_vmm::config::Config;
 use vmctr_vmm::run_dir::Role;
 
 use super::check::Plan;
-use super::record::{self, State, Union};
+use super::record::{self, Relay, State, Union};
 use crate::commands::Context;
 use crate::failure::{Failure, Outcome, Verdict};
 use crate::output;
@@ -25,6 +25,7 @@ struct View {
     upper: Option<PathBuf>,
     work: Option<PathBuf>,
     options: Vec<String>,
+    relay: Relay,
     log: PathBuf,
     /// The command that removes what is left of it.
     clean_up: Option<String>,
@@ -35,6 +36,7 @@ impl View {
         let state = union.state();
         let clean_up = format!("vmctr union umount {}", union.mountpoint.display());
         let process = |role| union.process(role);
+        let relay = union.relay();
         let (pid, qemu_pid, fsd_pid) = (process(Role::Shim), process(Role::Qemu), process(Role::Fsd));
         let (lowers, top, options) = match union.plan {
             Some(Plan { lowers, top, options, .. }) => (lowers, top, options),
@@ -42,6 +44,7 @@ impl View {
         };
         let (upper, work) = top.map(|top| (top.upper, top.work)).unzip();
         Self {
+            relay,
             log: record::log(&union.entry.path),
             mountpoint: union.mountpoint,
             state: state.as_str(),
@@ -112,6 +115,8 @@ fn text(view: &View) -> String {
         ("process", or_dash(view.pid)),
         ("qemu", or_dash(view.qemu_pid)),
         ("fsd", or_dash(view.fsd_pid)),
+        ("asked the VM", view.relay.turns.to_string()),
+        ("read on the host", view.relay.host_reads.to_string()),
         ("log", view.log.display().to_string()),
         ("clean-up", or_dash(view.clean_up.as_ref())),
     ])

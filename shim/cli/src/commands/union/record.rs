@@ -4,6 +4,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+use vmctr_fileshare::export::host::Figures;
 use vmctr_vmm::run_dir::{self, Entry, Owner, Role, RunDirError, RunKey};
 
 use super::check::Plan;
@@ -13,6 +15,7 @@ const NAMESPACE: &str = "vmctr-union";
 
 const FILE: &str = "union.json";
 const LOG: &str = "log";
+const RELAY: &str = "relay.json";
 
 /// The mount's type in /proc/mounts.
 const TYPE: &str = "fuse.vmctr";
@@ -26,6 +29,22 @@ pub struct Union {
     pub mountpoint: PathBuf,
     /// What it is; none while it is being made, or if the file is damaged.
     pub plan: Option<Plan>,
+}
+
+/// What a union's relay has done so far: requests that somebody waited for the VM to answer, and reads of lower
+/// files on the host.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Relay {
+    /// Requests that the VM was asked.
+    pub turns: u64,
+    /// Reads that it was not asked.
+    pub host_reads: u64,
+}
+
+impl From<Figures> for Relay {
+    fn from(Figures { turns, host_reads }: Figures) -> Self {
+        Self { turns, host_reads }
+    }
 }
 
 /// How it is with a union.
@@ -64,10 +83,18 @@ pub fn owner(mountpoint: &Path) -> Owner {
 
 /// Writes down what a union is.
 pub fn write(dir: &Path, plan: &Plan) -> io::Result<()> {
-    let whole = dir.join(FILE);
-    let part = whole.with_extension("tmp");
-    fs::write(&part, serde_json::to_vec_pretty(plan)?)?;
-    fs::rename(part, whole)
+    write_whole(&dir.join(FILE), &serde_json::to_vec_pretty(plan)?)
+}
+
+/// Writes down what its relay has done.
+pub fn write_relay(dir: &Path, relay: Relay) -> io::Result<()> {
+    write_whole(&dir.join(RELAY), &serde_json::to_vec(&relay)?)
+}
+
+fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let part = path.with_extension("tmp");
+    fs::write(&part, bytes)?;
+    fs::rename(part, path)
 }
 
 /// Where the background process writes what it has to say.
@@ -104,6 +131,12 @@ impl Union {
         let plan = fs::read(entry.path.join(FILE)).ok();
         let plan = plan.and_then(|bytes| serde_json::from_slice(&bytes).ok());
         Some(Self { entry, mountpoint, plan })
+    }
+
+    /// What its relay had done a moment ago.
+    pub fn relay(&self) -> Relay {
+        let bytes = fs::read(self.entry.path.join(RELAY)).unwrap_or_default();
+        serde_json::from_slice(&bytes).unwrap_or_default()
     }
 
     /// How it is with it now.

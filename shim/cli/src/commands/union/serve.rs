@@ -23,7 +23,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep};
 use tracing::{error, info, warn};
-use vmctr_fileshare::export::host::{Config as MountConfig, Export, Streams, unmount};
+use vmctr_fileshare::export::host::{Config as MountConfig, Export, Figures, Streams, unmount};
 use vmctr_vmm::config::Config;
 use vmctr_vmm::error_chain;
 use vmctr_vmm::run_dir::RunDir;
@@ -153,13 +153,18 @@ impl Union {
 
     /// Returns when nobody uses the mount any more.
     async fn until_gone(&mut self) {
-        let (mut lost, mut until) = (false, None);
+        let (mut lost, mut until, mut told) = (false, None, Figures::default());
         while !self.export.is_gone() && until.is_none_or(|until| Instant::now() < until) {
             if let Some(why) = self.export.lost()
                 && !std::mem::replace(&mut lost, true)
             {
                 let state = self.helper.vm().state().borrow().to_string();
                 error!("The union fails from now on: {why:?}; the VM is {state}");
+            }
+            let figures = self.export.figures();
+            if std::mem::replace(&mut told, figures) != figures {
+                // Figures for whoever asks: a union does not depend on them.
+                let _ = record::write_relay(self.run_dir.path(), figures.into());
             }
             tokio::select! {
                 () = sleep(POLL) => {}
