@@ -15,6 +15,7 @@ use super::layers::Layers;
 use super::locks::{Locks, Wish};
 use super::message::{Answer, Request};
 use super::nodes::Nodes;
+use super::room::Room;
 use super::waits::{Replies, Waits};
 use crate::export::wire::abi::{IN_HEADER, MAX_MESSAGE, feature, is_silent, op};
 use crate::export::wire::codec::{Malformed, Take};
@@ -52,6 +53,7 @@ pub struct Server {
     pub(super) waits: Waits,
     pub(super) root: OwnedFd,
     pub(super) layers: Option<Layers>,
+    pub(super) room: Room,
     writeback: AtomicBool,
 }
 
@@ -109,6 +111,7 @@ impl Server {
             waits: Waits::default(),
             root: open(OFlags::RDONLY)?,
             layers: None,
+            room: Room::default(),
             writeback: AtomicBool::new(false),
         })
     }

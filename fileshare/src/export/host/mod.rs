@@ -16,10 +16,13 @@
 
 mod attrs;
 mod check;
+mod clock;
 mod config;
 mod device;
+mod evict;
 mod export;
 mod init;
+mod known;
 mod lane;
 mod lazy;
 mod mount;

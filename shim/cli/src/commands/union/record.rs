@@ -1,5 +1,6 @@
 //! What is known of the unions of this host: their run directories, and the kernel's mount table.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -33,17 +34,24 @@ pub struct Union {
 
 /// What a union's relay has done so far: requests that somebody waited for the VM to answer, and reads of lower
 /// files on the host.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Relay {
-    /// Requests that the VM was asked.
+    /// Requests that the VM was asked, in all.
     pub turns: u64,
+    /// The same by their names.
+    pub requests: BTreeMap<String, u64>,
     /// Reads that it was not asked.
     pub host_reads: u64,
+    /// Files and folders that the host's kernel knows of it.
+    #[serde(default)]
+    pub nodes: u64,
 }
 
 impl From<Figures> for Relay {
-    fn from(Figures { turns, host_reads }: Figures) -> Self {
-        Self { turns, host_reads }
+    fn from(Figures { requests, host_reads, nodes }: Figures) -> Self {
+        let turns = requests.values().sum();
+        let requests = requests.into_iter().map(|(name, count)| (name.to_owned(), count)).collect();
+        Self { turns, requests, host_reads, nodes }
     }
 }
 
@@ -87,8 +95,8 @@ pub fn write(dir: &Path, plan: &Plan) -> io::Result<()> {
 }
 
 /// Writes down what its relay has done.
-pub fn write_relay(dir: &Path, relay: Relay) -> io::Result<()> {
-    write_whole(&dir.join(RELAY), &serde_json::to_vec(&relay)?)
+pub fn write_relay(dir: &Path, relay: &Relay) -> io::Result<()> {
+    write_whole(&dir.join(RELAY), &serde_json::to_vec(relay)?)
 }
 
 fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {

@@ -162,9 +162,10 @@ impl Union {
                 error!("The union fails from now on: {why:?}; the VM is {state}");
             }
             let figures = self.export.figures();
-            if std::mem::replace(&mut told, figures) != figures {
-                // Figures for whoever asks: a union does not depend on them.
-                let _ = record::write_relay(self.run_dir.path(), figures.into());
+            if figures != told {
+                // For whoever asks: a union does not depend on them.
+                let _ = record::write_relay(self.run_dir.path(), &figures.clone().into());
+                told = figures;
             }
             tokio::select! {
                 () = sleep(POLL) => {}
