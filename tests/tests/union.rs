@@ -435,3 +435,43 @@ fn no_process_of_ours_mounts_an_overlay() {
     assert!(calls.contains("fsopen(\"fuse\"") && calls.contains("mount("), "{calls}");
     assert!(!calls.contains("\"overlay\""), "{calls}");
 }
+
+#[test]
+fn with_nopassthrough_all_bytes_come_through_the_vm() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    let bytes: Vec<u8> = (0..4 << 20).map(|at: u32| (at / 4096) as u8).collect();
+    fs::write(place.at("base/large"), &bytes).expect("writable");
+    for (option, on_host) in [("", true), (",nopassthrough", false)] {
+        place.try_mount(&format!("{}{option}", place.options()), "mnt").ok();
+        assert!(fs::read(place.at("mnt/large")).expect("readable") == bytes);
+        let relay = || {
+            place.vmctr(&["inspect", "--json", &place.at("mnt").to_string_lossy()]).ok().json()["relay"]
+                .clone()
+        };
+        eventually("the reading is counted", PATIENCE, || relay()["turns"].as_u64() > Some(0));
+        assert_eq!(relay()["host_reads"].as_u64() > Some(0), on_host, "{option}: {}", relay());
+        place.umount();
+    }
+}
+
+#[test]
+fn a_tree_of_more_files_than_may_be_open_is_found_and_read() {
+    const LIMIT: u64 = 2500;
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    place.shell("for d in $(seq 30); do mkdir -p base/many/$d; for f in $(seq 100); do echo $d > base/many/$d/$f; done; done").ok();
+    let vmctr = rig.vmctr_command();
+    let mut limited = Command::new("sh");
+    limited.args(["-c", &format!("ulimit -n {LIMIT}; exec \"$@\""), "sh"]).arg(vmctr.get_program());
+    limited.args(vmctr.get_args()).args(["union", "mount", "-o", &place.options()]).arg(place.at("mnt"));
+    limited.envs(vmctr.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    run(&mut limited).ok();
+    for _ in 0..2 {
+        place
+            .shell("find mnt/many -type f | wc -l; cat mnt/many/*/* | sort -u | wc -l")
+            .ok()
+            .prints("3000\n30");
+    }
+    place.umount();
+}

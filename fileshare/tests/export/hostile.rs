@@ -56,6 +56,13 @@ fn listed(name: &[u8], offset: u64) -> Vec<u8> {
     body
 }
 
+/// An open folder's listing, without hints.
+fn folder(entries: &[u8], whole: bool) -> Vec<u8> {
+    let mut body = Vec::new();
+    body.u64(9).u32(whole.into()).u32(entries.len() as u32).u64(0).bytes(entries);
+    body
+}
+
 fn honest(header: &InHeader, body: &[u8]) -> Vec<u8> {
     let mut answer = Vec::new();
     match header.opcode {
@@ -68,7 +75,7 @@ fn honest(header: &InHeader, body: &[u8]) -> Vec<u8> {
         }
         op::READLINK => answer.extend_from_slice(b"file"),
         op::OPEN_READ => drop(answer.u64(0).u64(0).bytes(TEXT)),
-        op::OPENDIR_READ => drop(answer.u64(9).u64(1).bytes(&listed(b"file", 1))),
+        op::OPENDIR_READ => drop(answer.bytes(&folder(&listed(b"file", 1), true))),
         op::OPEN => drop(answer.u64(9).u64(0)),
         op::WRITE => drop(answer.u32(1).u32(0)),
         op::GETXATTR | op::LISTXATTR => drop(answer.u32(0).u32(0)),
@@ -261,16 +268,38 @@ fn another_type_than_was_made_is_eio() {
 #[test]
 fn bad_names_in_a_listing_are_eio() {
     for name in [b"".as_slice(), b"a/b", b"../x", b"/", b"a\0b", &[b'x'; 256]] {
-        let mut body = Vec::new();
-        body.u64(9).u64(1).bytes(&listed(name, 1));
-        under(instead(op::OPENDIR_READ, body), |victim| {
+        under(instead(op::OPENDIR_READ, folder(&listed(name, 1), true)), |victim| {
             eio(victim.try_listing());
             assert_eq!(fs::read(victim.path("file")).unwrap(), TEXT);
         });
     }
-    let mut dots = Vec::new();
-    dots.u64(9).u64(1).bytes(&listed(b"..", 1));
+    let dots = folder(&listed(b"..", 1), true);
     under(instead(op::OPENDIR_READ, dots), |victim| eio(victim.try_listing()));
+}
+
+#[test]
+fn listings_with_other_lengths_than_they_have_are_eio() {
+    let listing = |entries: u32, path: u32, padding: u32, rest: &[u8]| {
+        let mut body = Vec::new();
+        body.u64(9).u32(1).u32(entries).u32(path).u32(padding).bytes(&listed(b"file", 1)).bytes(rest);
+        body
+    };
+    let length = listed(b"file", 1).len() as u32;
+    under(instead(op::OPENDIR_READ, listing(length, 1, 0, b"d\0\0")), |victim| {
+        assert_eq!(victim.try_listing().unwrap(), 1);
+    });
+    for body in [
+        listing(length + 1, 0, 0, b""),
+        listing(u32::MAX, 0, 0, b""),
+        listing(length, 1, 0, b""),
+        listing(length, u32::MAX, 0, b"d"),
+        listing(length, 0, 1, b""),
+        listing(length, 0, 0, b"\x01"),
+        listing(length, 0, 0, b"\x01\0\x01\0"),
+        listing(0, 0, 0, b""),
+    ] {
+        under(instead(op::OPENDIR_READ, body), |victim| eio(victim.try_listing()));
+    }
 }
 
 #[test]
@@ -281,11 +310,7 @@ fn a_folder_without_end_ends() {
         let entries: Vec<u8> =
             (0..20).flat_map(|at| listed(format!("n{}", offset + at).as_bytes(), offset + at + 1)).collect();
         match header.opcode {
-            op::OPENDIR_READ => {
-                let mut answer = Vec::new();
-                answer.u64(9).u64(0).bytes(&entries);
-                Deed::Body(answer)
-            }
+            op::OPENDIR_READ => Deed::Body(folder(&entries, false)),
             op::READDIRPLUS => Deed::Body(entries),
             _ => Deed::Honest,
         }

@@ -43,6 +43,13 @@ pub fn binary(name: &str) -> PathBuf {
     path
 }
 
+/// A test suite of others.
+pub fn tool(name: &str) -> PathBuf {
+    let path = workspace().join("target/tools/bin").join(name);
+    assert!(path.is_file(), "no {}; `scripts/test-tools` builds it", path.display());
+    path
+}
+
 /// A program of the host.
 pub fn program(name: &str) -> PathBuf {
     let path = env::var_os("PATH").unwrap_or_default();

@@ -1,5 +1,7 @@
 //! Attributes: of files, of file systems, extended.
 
+use std::sync::atomic::Ordering;
+
 use rustix::fs::{
     AtFlags, CWD, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid, XattrFlags,
 };
@@ -145,6 +147,7 @@ impl Server {
         body.end()?;
         let node = self.nodes.find(request.header.nodeid)?;
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
+        node.bare.store(false, Ordering::Relaxed);
         rustix::fs::setxattr(magic(&*node), name, value, flags)?;
         if extra & flag::SETXATTR_ACL_KILL_SGID != 0 && name == c"system.posix_acl_access" {
             let mode = u32::from(stat(&*node)?.stx_mode) & 0o7777 & !libc::S_ISGID;

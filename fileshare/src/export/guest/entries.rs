@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
@@ -12,7 +13,7 @@ use super::handles::Handle;
 use super::message::{Answer, Request};
 use super::nodes::{Node, device, magic};
 use super::server::{Failure, Server};
-use crate::export::wire::abi::{Attr, flag};
+use crate::export::wire::abi::{Attr, CAPABILITIES, NO_CAPABILITIES, flag};
 use crate::export::wire::codec::Put;
 
 /// What of the caller's open(2) flags is done here. Appending is told by each write, direct transfers need
@@ -37,6 +38,11 @@ impl Server {
     }
 
     pub(super) fn look(&self, parent: &Node, name: &CStr) -> rustix::io::Result<(Arc<Node>, Attr)> {
+        self.room.with(|| self.look_once(parent, name))
+    }
+
+    /// The same where there is room, or room is being made.
+    pub(super) fn look_once(&self, parent: &Node, name: &CStr) -> rustix::io::Result<(Arc<Node>, Attr)> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         self.nodes.admit(rustix::fs::openat(parent, name, flags, Mode::empty())?)
     }
@@ -75,12 +81,12 @@ impl Server {
         name: &CStr,
         umask: u32,
         answer: &mut Answer,
-        how: impl FnOnce(&Node) -> rustix::io::Result<()>,
+        how: impl Fn(&Node) -> rustix::io::Result<()>,
     ) -> Result<(), Failure> {
         let parent = self.nodes.find(request.header.nodeid)?;
         {
             let _acting = request.caller.act(umask)?;
-            how(&parent)?;
+            self.room.with(|| how(&parent))?;
         }
         let (node, attr) = self.look(&parent, name)?;
         answer.entry(node.id, attr);
@@ -143,8 +149,10 @@ impl Server {
         let (flags, open_flags) = (request.body.u32()?, request.body.u32()?);
         request.body.end()?;
         let node = self.nodes.find(request.header.nodeid)?;
-        let handle = self.open_node(&request.caller, node, (flags, open_flags))?;
-        answer.open(handle);
+        let writes = is_writable(OFlags::from_bits_retain(flags));
+        let handle = self.open_node(&request.caller, Arc::clone(&node), (flags, open_flags))?;
+        let bare = writes && has_no_capabilities(&node);
+        answer.u64(handle).u32(0).u32(if bare { NO_CAPABILITIES } else { 0 });
         Ok(())
     }
 
@@ -155,7 +163,7 @@ impl Server {
         (flags, open_flags): (u32, u32),
     ) -> Result<u64, Failure> {
         let asked = OFlags::from_bits_retain(flags);
-        let file = node.open(self.passed(asked))?;
+        let file = self.room.with(|| node.open(self.passed(asked)))?;
         if asked.contains(OFlags::TRUNC) {
             let _clearing = caller.clearing_set_ids(open_flags & flag::OPEN_KILL_SUIDGID != 0)?;
             rustix::fs::ftruncate(&file, 0)?;
@@ -166,6 +174,10 @@ impl Server {
     /// With a write-back cache, the host's kernel reads what it needs to fill a page that is being written.
     fn passed(&self, asked: OFlags) -> OFlags {
         let flags = asked & PASSED;
+        // Who opens to read may cut the file, too.
+        if asked.contains(OFlags::TRUNC) && flags & OFlags::RWMODE == OFlags::RDONLY {
+            return flags | OFlags::RDWR;
+        }
         if self.writeback() && flags & OFlags::RWMODE == OFlags::WRONLY {
             (flags - OFlags::RWMODE) | OFlags::RDWR
         } else {
@@ -181,7 +193,7 @@ impl Server {
         let parent = self.nodes.find(request.header.nodeid)?;
         let asked = OFlags::from_bits_retain(flags);
         let how = (self.passed(asked) | OFlags::CREATE | OFlags::EXCL, mode, umask);
-        match make_file(&request.caller, &parent, name, how) {
+        match self.room.with(|| make_file(&request.caller, &parent, name, how)) {
             Ok(file) => self.answer_opened(file, asked, answer)?,
             // Somebody else was first: then it is an open.
             Err(Errno::EXIST) if !asked.contains(OFlags::EXCL) => {
@@ -229,6 +241,14 @@ fn make_file(
     let _acting = caller.act(umask)?;
     let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(mode & 0o7777))
+}
+
+/// Asked here once, where it costs little, instead of by the host's kernel before the first write.
+fn has_no_capabilities(node: &Node) -> bool {
+    let known = node.bare.load(Ordering::Relaxed);
+    let bare = known || rustix::fs::getxattr_query(magic(node), CAPABILITIES) == Err(Errno::NODATA);
+    node.bare.store(bare, Ordering::Relaxed);
+    bare
 }
 
 fn is_writable(flags: OFlags) -> bool {

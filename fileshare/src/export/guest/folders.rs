@@ -4,15 +4,17 @@
 //! three. Which nodes the host was told of that way is for the host to count, and to forget when its kernel does
 //! not ask for them.
 
+use std::os::unix::ffi::OsStrExt;
 use std::sync::{MutexGuard, PoisonError};
 
 use rustix::fs::{FileType, OFlags, RawDir, RawDirEntry, SeekFrom};
 use rustix::io::Errno;
 
 use super::handles::Handle;
+use super::layers::Parts;
 use super::message::{Answer, Request};
 use super::server::{Failure, Server};
-use crate::export::wire::abi::{Attr, ENTRY_OUT, MAX_DATA, dirent_len};
+use crate::export::wire::abi::{Attr, ENTRY_OUT, LISTED, MAX_DATA, dirent_len};
 use crate::export::wire::codec::Put;
 
 /// What is read of a folder with one system call.
@@ -25,18 +27,32 @@ enum Rest {
     Further,
 }
 
+/// Where the layers have a folder, and for each of its entries the layer that it lies in.
+type Hints<'a> = Option<(&'a Parts, Vec<u16>)>;
+
 impl Server {
     pub(super) fn opendir_read(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
         let size = request.body.u32()?.min(MAX_DATA) as usize;
         request.body.u32()?;
         request.body.end()?;
         let node = self.nodes.find(request.header.nodeid)?;
-        let file = node.open(OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let file = self.room.with(|| node.open(OFlags::RDONLY | OFlags::DIRECTORY))?;
+        let parts = self.layers.as_ref().and_then(|layers| layers.parts(&self.root, &node));
         let handle = Handle::new(node, file, false);
-        answer.u64(0).u64(0);
-        let rest = self.list(&handle, 0, size, true, answer)?;
+        answer.bytes(&[0; LISTED]);
+        let mut hints = parts.as_ref().map(|parts| (parts, Vec::new()));
+        let list = || {
+            // Anew, if it ended for want of room.
+            answer.shorten(answer.body_len() - LISTED);
+            hints.iter_mut().for_each(|(_, layers)| layers.clear());
+            self.list(&handle, 0, size, Some(&mut hints), answer)
+        };
+        let rest = self.room.with(list)?;
+        let entries = answer.body_len() - LISTED;
+        let path = put_hints(hints, answer);
         answer.patch_u64(0, self.handles.add(handle));
-        answer.patch_u64(8, u64::from(rest == Rest::Here));
+        answer.patch_u64(8, u64::from(rest == Rest::Here) | (entries as u64) << 32);
+        answer.patch_u64(16, path as u64);
         Ok(())
     }
 
@@ -51,17 +67,18 @@ impl Server {
         body.bytes(20)?;
         body.end()?;
         let handle = self.handles.find(handle, request.header.nodeid)?;
+        let plus = if plus { Some(&mut None) } else { None };
         self.list(&handle, offset, size.min(MAX_DATA) as usize, plus, answer)?;
         Ok(())
     }
 
-    /// Appends entries from `offset` on, `size` bytes at most.
+    /// Appends entries from `offset` on, `size` bytes at most; with nodes if there is a place for hints.
     fn list(
         &self,
         handle: &Handle,
         offset: u64,
         size: usize,
-        plus: bool,
+        mut plus: Option<&mut Hints<'_>>,
         answer: &mut Answer,
     ) -> rustix::io::Result<Rest> {
         let mut position = handle.position.lock().unwrap_or_else(PoisonError::into_inner);
@@ -75,7 +92,7 @@ impl Server {
             while let Some(entry) = entries.next() {
                 let entry = entry?;
                 any = true;
-                if !self.fits(handle, &entry, limit, plus, answer) {
+                if !self.fits(handle, &entry, limit, plus.as_deref_mut(), answer) {
                     *position = u64::MAX;
                     return Ok(Rest::Further);
                 }
@@ -97,18 +114,21 @@ impl Server {
         handle: &Handle,
         entry: &RawDirEntry<'_>,
         limit: usize,
-        plus: bool,
+        plus: Option<&mut Hints<'_>>,
         answer: &mut Answer,
     ) -> bool {
         let name = entry.file_name();
-        let length = dirent_len(name.count_bytes()) + if plus { ENTRY_OUT } else { 0 };
+        let length = dirent_len(name.count_bytes()) + if plus.is_some() { ENTRY_OUT } else { 0 };
         if answer.body_len() + length > limit {
             return false;
         }
-        if plus {
+        if let Some(hints) = plus {
             let dots = matches!(name.to_bytes(), b"." | b"..");
             // What is gone by now, or cannot be looked at, is listed without its node: the host will ask.
-            let found = if dots { None } else { self.look(&handle.node, name).ok() };
+            let found = if dots { None } else { self.look_once(&handle.node, name).ok() };
+            if let Some((parts, layers)) = hints {
+                layers.push(found.as_ref().map_or(0, |(_, attr)| parts.layer(name, attr)));
+            }
             match found {
                 Some((node, attr)) => answer.entry(node.id, attr),
                 None => answer.entry(0, Attr::default()),
@@ -117,6 +137,17 @@ impl Server {
         put_entry(entry, answer);
         true
     }
+}
+
+/// Appends the folder's path in the layers and the layer of each entry; tells the path's length.
+fn put_hints(hints: Hints<'_>, answer: &mut Answer) -> usize {
+    let Some((parts, layers)) = hints else { return 0 };
+    let path = parts.path.as_os_str().as_bytes();
+    answer.bytes(path);
+    for layer in layers {
+        answer.u16(layer);
+    }
+    path.len()
 }
 
 fn seek(handle: &Handle, position: &mut MutexGuard<'_, u64>, to: u64) -> rustix::io::Result<()> {

@@ -5,21 +5,37 @@
 //! in all respects the same file. A renamed folder's files are at another path in the layer: no hint for those.
 //! The host believes nothing of it either and looks for itself.
 
+use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, ResolveFlags, Statx};
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 
 use super::message::Answer;
 use super::nodes::{Node, magic, stat};
+use crate::export::wire::abi::Attr;
 use crate::export::wire::codec::Put;
+
+/// With more lower layers, looking for a folder in each of them costs more than it saves.
+const MOST: usize = 64;
 
 /// The folders that an overlay is made of.
 #[derive(Debug)]
 pub struct Layers {
     upper: Option<OwnedFd>,
     lowers: Vec<OwnedFd>,
+}
+
+/// A folder of the union, as the layers have it: those that do.
+#[derive(Debug)]
+pub(super) struct Parts {
+    /// Below the layers' roots.
+    pub(super) path: PathBuf,
+    upper: Option<OwnedFd>,
+    lowers: Vec<(u16, OwnedFd)>,
+    /// The folder is one layer's and no other's, so that all its files are.
+    only: Option<u16>,
 }
 
 /// A lower file's place.
@@ -44,6 +60,33 @@ impl Layers {
         Ok(Self { upper, lowers })
     }
 
+    /// Finds the layers' folders behind the folder `node`, to tell where each of its files lies.
+    pub(super) fn parts(&self, root: &OwnedFd, node: &Node) -> Option<Parts> {
+        if self.lowers.len() > MOST {
+            return None;
+        }
+        let path = place(root, node)?;
+        // The layer's own root has an empty path, which openat2(2) does not take.
+        let at = if path.as_os_str().is_empty() { Path::new(".") } else { &path };
+        let there = |layer: &OwnedFd| match look(layer, at) {
+            Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+            other => other.map(Some),
+        };
+        let upper = self.upper.as_ref().map(there).transpose().ok()?.flatten();
+        let mut lowers = Vec::new();
+        for (layer, lower) in (1..).zip(&self.lowers) {
+            lowers.extend(there(lower).ok()?.map(|folder| (layer, folder)));
+        }
+        let only = match &lowers[..] {
+            [(layer, folder)] if upper.is_none() => {
+                let [merged, lower] = [stat(node).ok()?, stat(folder).ok()?];
+                is_same(&merged, &lower).then_some(*layer)
+            }
+            _ => None,
+        };
+        Some(Parts { path, upper, lowers, only })
+    }
+
     /// Finds the lower file behind `node`, below the folder at `root`.
     pub(super) fn find(&self, root: &OwnedFd, node: &Node) -> Option<Hint> {
         let path = place(root, node)?;
@@ -60,7 +103,11 @@ impl Layers {
         };
         let (layer, file) = (0..).zip(&self.lowers).find_map(found)?;
         let st = stat(file.ok()?).ok()?;
-        is_same(&merged, &st).then_some(Hint { layer, path, st })
+        (u32::from(st.stx_mode) & libc::S_IFMT == libc::S_IFREG && is_same(&merged, &st)).then_some(Hint {
+            layer,
+            path,
+            st,
+        })
     }
 }
 
@@ -76,14 +123,45 @@ fn look(folder: &OwnedFd, path: &Path) -> rustix::io::Result<OwnedFd> {
     rustix::fs::openat2(folder, path, flags, Mode::empty(), resolve)
 }
 
-/// Overlay may use an inode number's upper half to tell layers apart.
+impl Parts {
+    /// The lower layer that a file of this folder lies in, counted from 1; 0 if it is none that the host could
+    /// read by itself.
+    pub(super) fn layer(&self, name: &CStr, merged: &Attr) -> u16 {
+        if merged.kind() != libc::S_IFREG || merged.size == 0 {
+            return 0;
+        }
+        if let Some(layer) = self.only {
+            return layer;
+        }
+        if self.upper.as_ref().is_some_and(|upper| stat_at(upper, name) != Err(Errno::NOENT)) {
+            return 0;
+        }
+        let found = self.lowers.iter().find_map(|(layer, folder)| match stat_at(folder, name) {
+            Err(Errno::NOENT) => None,
+            other => Some((*layer, other)),
+        });
+        match found {
+            Some((layer, Ok(lower))) if facts(merged) == facts(&lower) => layer,
+            _ => 0,
+        }
+    }
+}
+
+fn stat_at(folder: &OwnedFd, name: &CStr) -> rustix::io::Result<Attr> {
+    let wanted = StatxFlags::BASIC_STATS;
+    let st = rustix::fs::statx(folder, name, AtFlags::SYMLINK_NOFOLLOW, wanted)?;
+    Ok(super::nodes::attr(&st, st.stx_ino))
+}
+
 fn is_same(merged: &Statx, lower: &Statx) -> bool {
-    let facts = |st: &Statx| {
-        let (mtime, ctime) = (st.stx_mtime, st.stx_ctime);
-        let times = (mtime.tv_sec, mtime.tv_nsec, ctime.tv_sec, ctime.tv_nsec);
-        (st.stx_ino as u32, st.stx_size, st.stx_mode, st.stx_uid, st.stx_gid, times)
-    };
-    u32::from(lower.stx_mode) & libc::S_IFMT == libc::S_IFREG && facts(merged) == facts(lower)
+    let [merged, lower] = [merged, lower].map(|st| super::nodes::attr(st, st.stx_ino));
+    facts(&merged) == facts(&lower)
+}
+
+/// What tells files apart. Overlay may use an inode number's upper half to tell layers apart.
+fn facts(of: &Attr) -> impl PartialEq {
+    let times = (of.mtime, of.mtimensec, of.ctime, of.ctimensec);
+    (of.ino as u32, of.size, of.mode, of.uid, of.gid, times)
 }
 
 impl Hint {

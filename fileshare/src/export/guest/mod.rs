@@ -34,6 +34,7 @@ mod layers;
 mod locks;
 mod message;
 mod nodes;
+mod room;
 mod server;
 mod waits;
 

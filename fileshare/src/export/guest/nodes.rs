@@ -14,6 +14,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
@@ -34,6 +35,8 @@ pub(super) struct Node {
     /// What the host sees as the inode number. Overlay may change its own at copy-up.
     ino: u64,
     kind: u32,
+    /// Whether it is known to have no capabilities, and so to keep none from being written to.
+    pub(super) bare: AtomicBool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -174,7 +177,14 @@ impl Table {
     fn insert(&mut self, path_only: OwnedFd, st: &Statx) -> Arc<Node> {
         self.last += 1;
         let (id, key) = (self.last, Key::of(st));
-        let node = Arc::new(Node { id, path_only, key, ino: st.stx_ino, kind: kind(st) });
+        let node = Arc::new(Node {
+            id,
+            path_only,
+            key,
+            ino: st.stx_ino,
+            kind: kind(st),
+            bare: AtomicBool::new(false),
+        });
         self.by_id.insert(id, (Arc::clone(&node), 1));
         self.by_key.entry(key).or_default().push(id);
         node
@@ -213,7 +223,7 @@ fn kind(st: &Statx) -> u32 {
     u32::from(st.stx_mode) & libc::S_IFMT
 }
 
-fn attr(st: &Statx, ino: u64) -> Attr {
+pub(super) fn attr(st: &Statx, ino: u64) -> Attr {
     Attr {
         ino,
         size: st.stx_size,

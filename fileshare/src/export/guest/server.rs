@@ -16,6 +16,7 @@ use super::layers::Layers;
 use super::locks::{Locks, Wish};
 use super::message::{Answer, Request};
 use super::nodes::Nodes;
+use super::room::Room;
 use super::waits::{Replies, Waits};
 use crate::export::wire::abi::{IN_HEADER, MAX_MESSAGE, feature, is_silent, op};
 use crate::export::wire::codec::{Malformed, Take};
@@ -54,6 +55,7 @@ pub struct Server {
     pub(super) root: OwnedFd,
     pub(super) layers: Option<Layers>,
     gate: Arc<Gate>,
+    pub(super) room: Room,
     writeback: AtomicBool,
 }
 
@@ -112,6 +114,7 @@ impl Server {
             root: open(OFlags::RDONLY)?,
             layers: None,
             gate: Arc::default(),
+            room: Room::default(),
             writeback: AtomicBool::new(false),
         })
     }

@@ -5,14 +5,18 @@
 //! twice. Times of access are given from here, up to [`OLDEST`] late; anything else that changes makes all of it
 //! void.
 //!
-//! Invariant: what is given was true when last anything changed ([`super::shared::Shared::changes`]).
+//! Invariant: what is given was true when last the file changed, or any name did: removing a name changes the
+//! file that had it, and which that is only the guest knows.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use super::clock::Clock;
+use super::question::u64_at;
 use super::shared::lock;
-use crate::export::wire::abi::ATTR;
+use crate::export::wire::abi::{ATTR, op};
 
 /// How late a time of access may be.
 const OLDEST: Duration = Duration::from_secs(60);
@@ -21,31 +25,69 @@ const OLDEST: Duration = Duration::from_secs(60);
 const MOST: usize = 1 << 16;
 
 #[derive(Debug, Default)]
-pub(super) struct Attrs(Mutex<HashMap<u64, Known>>);
+pub(super) struct Attrs {
+    known: Mutex<HashMap<u64, Known>>,
+    clock: Clock,
+    /// Counts changes of names.
+    names: AtomicU64,
+}
+
+/// A moment, from before the guest was asked.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Moment {
+    time: u64,
+    names: u64,
+}
+
+impl Moment {
+    /// After one more change of names, and no other.
+    pub(super) fn after_change(self) -> Self {
+        Self { names: self.names + 1, ..self }
+    }
+}
 
 #[derive(Debug)]
 struct Known {
     attr: [u8; ATTR],
-    changes: u64,
+    then: Moment,
     at: Instant,
 }
 
 impl Attrs {
-    /// Keeps what the guest told; `changes` is from before it was asked.
-    pub(super) fn keep(&self, nodeid: u64, attr: &[u8], changes: u64, now: Instant) {
+    pub(super) fn moment(&self) -> Moment {
+        Moment { time: self.clock.now(), names: self.names.load(Ordering::Acquire) }
+    }
+
+    /// A request is about to be sent that changes something, or was just answered.
+    pub(super) fn note(&self, opcode: u32, nodeid: u64, body: &[u8]) {
+        match opcode {
+            op::OPEN | op::WRITE | op::SETATTR | op::FALLOCATE | op::SETXATTR | op::REMOVEXATTR => {
+                self.clock.note(nodeid);
+            }
+            op::COPY_FILE_RANGE => self.clock.note(u64_at(body, 16)),
+            _ => {
+                self.names.fetch_add(1, Ordering::AcqRel);
+            }
+        }
+    }
+
+    /// Keeps what the guest told.
+    pub(super) fn keep(&self, nodeid: u64, attr: &[u8], then: Moment, now: Instant) {
         let Ok(attr) = attr.try_into() else { return };
-        let mut known = lock(&self.0);
+        let mut known = lock(&self.known);
         if known.len() >= MOST {
             known.clear();
         }
-        known.insert(nodeid, Known { attr, changes, at: now });
+        known.insert(nodeid, Known { attr, then, at: now });
     }
 
     /// What is known, if nothing changed since.
-    pub(super) fn get(&self, nodeid: u64, changes: u64, now: Instant) -> Option<[u8; ATTR]> {
-        let known = lock(&self.0);
+    pub(super) fn get(&self, nodeid: u64, now: Instant) -> Option<[u8; ATTR]> {
+        let known = lock(&self.known);
         let one = known.get(&nodeid)?;
-        (one.changes == changes && now.duration_since(one.at) < OLDEST).then_some(one.attr)
+        let same = one.then.names == self.names.load(Ordering::Acquire)
+            && !self.clock.is_changed(nodeid, one.then.time);
+        (same && now.duration_since(one.at) < OLDEST).then_some(one.attr)
     }
 }
 
@@ -56,17 +98,27 @@ mod tests {
     #[test]
     fn only_what_is_still_true_is_given() {
         let (attrs, now) = (Attrs::default(), Instant::now());
-        attrs.keep(7, &[1; ATTR], 3, now);
-        assert_eq!(attrs.get(7, 3, now), Some([1; ATTR]));
-        assert_eq!(attrs.get(7, 4, now), None, "something changed");
-        assert_eq!(attrs.get(7, 3, now + OLDEST), None, "the time of access may be another");
-        assert_eq!(attrs.get(8, 3, now), None);
+        let keep = || (7..9).for_each(|node| attrs.keep(node, &[1; ATTR], attrs.moment(), now));
+        keep();
+        assert_eq!(attrs.get(7, now), Some([1; ATTR]));
+        assert_eq!(attrs.get(7, now + OLDEST), None, "the time of access may be another");
+        assert_eq!(attrs.get(9, now), None);
+        attrs.note(op::WRITE, 7, &[]);
+        assert_eq!(attrs.get(7, now), None);
+        assert_eq!(attrs.get(8, now), Some([1; ATTR]), "another file was written to");
+        keep();
+        attrs.note(op::UNLINK, 1, &[]);
+        assert_eq!(attrs.get(7, now), None, "it may have lost a name");
+        let before = attrs.moment();
+        attrs.note(op::CREATE, 1, &[]);
+        attrs.keep(1, &[2; ATTR], before.after_change(), now);
+        assert_eq!(attrs.get(1, now), Some([2; ATTR]), "told with the change itself");
     }
 
     #[test]
     fn they_are_bounded() {
         let (attrs, now) = (Attrs::default(), Instant::now());
-        (0..=MOST as u64).for_each(|nodeid| attrs.keep(nodeid, &[0; ATTR], 0, now));
-        assert!(lock(&attrs.0).len() <= MOST);
+        (0..=MOST as u64).for_each(|nodeid| attrs.keep(nodeid, &[0; ATTR], attrs.moment(), now));
+        assert!(lock(&attrs.known).len() <= MOST);
     }
 }

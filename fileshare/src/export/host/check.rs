@@ -11,8 +11,8 @@ use std::time::Duration;
 use super::config::{Cache, Config};
 use super::question::{Question, put_u64_at};
 use crate::export::wire::abi::{
-    ATTR, ATTR_OUT, Attr, DIRENT, ENTRY_OUT, Entry, NAME_MAX, OPEN_OUT, OUT_HEADER, OutHeader, ROOT_ID,
-    dirent_len, folders_after, op,
+    ATTR, ATTR_OUT, Attr, DIRENT, ENTRY_OUT, Entry, LISTED, NAME_MAX, NO_CAPABILITIES, OPEN_OUT, OUT_HEADER,
+    OutHeader, ROOT_ID, dirent_len, folders_after, op,
 };
 use crate::export::wire::codec::{Malformed, Put, Take, check_name};
 
@@ -55,6 +55,13 @@ impl Remember {
         let time = Attr::take(&mut Take::new(attr)).map_or(Duration::ZERO, |attr| self.attributes(&attr));
         let mut body = Vec::with_capacity(ATTR_OUT);
         body.u64(time.as_secs()).u64(time.subsec_nanos().into()).bytes(attr);
+        body
+    }
+
+    /// `fuse_entry_out` that says that there is no such name.
+    pub(super) fn absent(self) -> Vec<u8> {
+        let mut body = vec![0; ENTRY_OUT];
+        put_times(&mut body, (self.time, Duration::ZERO));
         body
     }
 
@@ -216,9 +223,9 @@ fn check_attr(attr: &Attr) -> Result<(), Malformed> {
 fn opened(body: &[u8]) -> Result<(), Malformed> {
     exactly(body, OPEN_OUT)?;
     let mut take = Take::new(body);
-    let (handle, flags) = (take.u64()?, take.u64()?);
+    let (handle, flags, bare) = (take.u64()?, take.u32()?, take.u32()?);
     match () {
-        () if flags != 0 => Err(Malformed("an open file with flags")),
+        () if flags != 0 || bare & !NO_CAPABILITIES != 0 => Err(Malformed("an open file with flags")),
         () if handle == 0 || handle >= HANDLES => Err(Malformed("a handle that is none")),
         () => Ok(()),
     }
@@ -236,11 +243,45 @@ fn opened_and_read(body: &[u8], size: u64) -> Result<(), Malformed> {
 
 fn opened_and_listed(body: &mut [u8], size: u64, remember: Remember) -> Result<(), Malformed> {
     let mut take = Take::new(body);
-    let (handle, whole) = (take.u64()?, take.u64()?);
-    if handle == 0 || handle >= HANDLES || whole > 1 {
+    let (handle, whole, entries) = (take.u64()?, take.u32()?, take.u32()? as usize);
+    let (path, padding) = (take.u32()? as usize, take.u32()?);
+    if handle == 0 || handle >= HANDLES || whole > 1 || path > PATH_MAX || padding != 0 {
         return Err(Malformed("a handle that is none"));
     }
-    listing(&mut body[16..], size, Some(remember))
+    let (_, listed) = body.split_at_mut(LISTED);
+    let (listed, hints) = listed.split_at_mut_checked(entries).ok_or(Malformed("entries past the end"))?;
+    listing(listed, size, Some(remember))?;
+    let layers = hints.len().checked_sub(path).ok_or(Malformed("a path past the end"))?;
+    if layers != 0 && layers != 2 * self::entries(listed).count() {
+        return Err(Malformed("hints for other entries than there are"));
+    }
+    Ok(())
+}
+
+/// A folder's listing, from an OPENDIR_READ that was checked.
+pub(super) struct Folder<'a> {
+    pub(super) guest: u64,
+    pub(super) whole: bool,
+    pub(super) entries: &'a [u8],
+    /// Below the layers' roots.
+    pub(super) path: &'a [u8],
+    layers: &'a [u8],
+}
+
+impl<'a> Folder<'a> {
+    pub(super) fn of(body: &'a [u8]) -> Result<Self, Malformed> {
+        let mut take = Take::new(body);
+        let (guest, whole, entries) = (take.u64()?, take.u32()? == 1, take.u32()? as usize);
+        let (path, _) = (take.u32()? as usize, take.u32()?);
+        Ok(Self { guest, whole, entries: take.bytes(entries)?, path: take.bytes(path)?, layers: take.rest() })
+    }
+
+    /// The files that lie in a lower layer, and which, counted from 0.
+    pub(super) fn in_layers(&self) -> impl Iterator<Item = (Listed<'a>, usize)> {
+        let layers = self.layers.chunks_exact(2).map(|layer| u16::from_le_bytes([layer[0], layer[1]]));
+        let hinted = entries(self.entries).zip(layers);
+        hinted.filter_map(|(entry, layer)| Some((entry, usize::from(layer).checked_sub(1)?)))
+    }
 }
 
 fn target(body: &[u8]) -> Result<(), Malformed> {
@@ -373,6 +414,7 @@ fn listed_node(entry: &mut [u8], dots: bool, kind: u32, remember: Remember) -> R
 pub(super) struct Listed<'a> {
     pub(super) nodeid: u64,
     pub(super) attr: &'a [u8],
+    pub(super) name: &'a [u8],
     /// Where the next entry is asked for.
     pub(super) next: u64,
     /// The entry's length.
@@ -395,6 +437,7 @@ fn first(listing: &[u8]) -> Option<Listed<'_>> {
     let attr = take.bytes(ATTR).ok()?;
     let _ino = take.u64().ok()?;
     let next = take.u64().ok()?;
-    let name = take.u32().ok()? as usize;
-    Some(Listed { nodeid, attr, next, length: ENTRY_OUT + dirent_len(name) })
+    let (name, _kind) = (take.u32().ok()? as usize, take.u32().ok()?);
+    let length = ENTRY_OUT + dirent_len(name);
+    Some(Listed { nodeid, attr, name: take.bytes(name).ok()?, next, length })
 }

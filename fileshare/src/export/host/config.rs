@@ -28,6 +28,9 @@ pub struct Config {
     pub patience: Duration,
     /// Which of the guest's exports is mounted.
     pub export: u32,
+    /// How many files the kernel may know before it is made to forget some: each is open in the guest, and in the
+    /// share's daemon.
+    pub most_nodes: u64,
     /// How many entries one listing of a folder may have. Endless ones are the guest's invention.
     pub most_entries: u64,
 }
@@ -51,6 +54,13 @@ pub enum Writes {
     Gathered,
 }
 
+/// A third of what a process may open: the daemon runs under the same limit, and has folders open once for each layer.
+fn most_nodes() -> u64 {
+    const PLENTY: u64 = 1 << 20;
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+    limit.unwrap_or(PLENTY).min(PLENTY) / 3
+}
+
 impl Config {
     /// A mount for one writer, with the usual restrictions.
     pub fn new(mountpoint: PathBuf) -> Self {
@@ -64,6 +74,7 @@ impl Config {
             layers: Vec::new(),
             patience: Duration::from_secs(120),
             export: 0,
+            most_nodes: most_nodes(),
             most_entries: 1 << 24,
         }
     }

@@ -13,6 +13,9 @@ use crate::export::sys;
 use crate::export::wire::abi::{OUT_HEADER, OutHeader};
 use crate::export::wire::codec::Put;
 
+/// `FUSE_NOTIFY_INVAL_ENTRY`, which stands where answers have their error.
+const NOTIFY_INVAL_ENTRY: i32 = 3;
+
 /// A descriptor of a connection to the kernel.
 #[derive(Debug)]
 pub(super) struct Device(pub(super) OwnedFd);
@@ -79,6 +82,19 @@ impl Device {
         // From an offset before the file's beginning: its contents stay.
         message.u64(nodeid).u64(u64::MAX).u64(0);
         self.answer(&message);
+    }
+
+    /// Asks the kernel to forget what it knows under a name.
+    pub(super) fn forget_name(&self, folder: u64, name: &[u8]) -> Result<(), Gone> {
+        let mut message = Vec::with_capacity(OUT_HEADER + 16 + name.len() + 1);
+        let len = (OUT_HEADER + 16 + name.len() + 1) as u32;
+        OutHeader { len, error: NOTIFY_INVAL_ENTRY, unique: 0 }.put(&mut message);
+        message.u64(folder).u32(name.len() as u32).u32(0).bytes(name).bytes(&[0]);
+        match rustix::io::write(&self.0, &message) {
+            Err(Errno::NODEV | Errno::CONNABORTED | Errno::NOTCONN | Errno::PERM) => Err(Gone),
+            // It did not know it, or has it forgotten by now.
+            _ => Ok(()),
+        }
     }
 
     fn report(&self, written: rustix::io::Result<usize>) {

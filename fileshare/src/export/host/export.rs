@@ -8,6 +8,7 @@
 //!                                          unmounted (by whomever), or cut  ──> Ended
 //! ```
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
@@ -21,12 +22,15 @@ use super::lane::Lane;
 use super::mount::{Apart, Cut, MountError};
 use super::shared::{Lost, OpenFlags, Shared};
 use super::shortcut::Shortcut;
-use crate::export::wire::abi::{MAX_MESSAGE, feature, flag, op};
+use crate::export::wire::abi::{MAX_MESSAGE, feature, flag, name, op};
 use crate::export::wire::hello::{Hello, HelloError, Lane as Kind, VERSION};
 use crate::export::wire::stream::Stream;
 
 /// How often is looked whether the guest takes too long.
 const LOOK: Duration = Duration::from_millis(250);
+
+/// The same where a large tree is just being found.
+const SOON: Duration = Duration::from_millis(10);
 
 /// Connected streams to the guest, no word said on them.
 #[derive(Debug)]
@@ -43,6 +47,17 @@ pub struct Export {
     shared: Arc<Shared>,
     cut: Cut,
     threads: Vec<JoinHandle<()>>,
+}
+
+/// What was done so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Figures {
+    /// Requests that the guest was asked and that somebody waited for, by their names.
+    pub requests: BTreeMap<&'static str, u64>,
+    /// Reads that were answered from a lower file on the host.
+    pub host_reads: u64,
+    /// How many files and folders the kernel knows.
+    pub nodes: u64,
 }
 
 /// The export did not come to be.
@@ -120,6 +135,13 @@ impl Export {
     pub fn turns(&self) -> Vec<(u32, u64)> {
         let opcodes = (op::LOOKUP..=op::TMPFILE).chain([op::OPEN_READ, op::OPENDIR_READ]);
         opcodes.map(|opcode| (opcode, self.shared.turns.of(opcode))).filter(|(_, count)| *count > 0).collect()
+    }
+
+    /// What was asked of the guest, and how often a lower file was read on the host instead.
+    pub fn figures(&self) -> Figures {
+        let requests = self.turns().into_iter().map(|(opcode, count)| (name(opcode), count));
+        let nodes = self.shared.told.count();
+        Figures { requests: requests.collect(), host_reads: self.shared.shortcut.reads(), nodes }
     }
 
     /// Waits until the mount is gone.
@@ -222,6 +244,17 @@ fn start_threads(shared: &Arc<Shared>, first: &Device) -> io::Result<Vec<JoinHan
     }
     let waiting = Arc::clone(shared);
     Builder::new().name("export-waits".into()).spawn(move || waiting.waits.run(&waiting))?;
+    let (evicting, device) = (Arc::downgrade(shared), first.another()?);
+    Builder::new().name("export-evict".into()).spawn(move || {
+        while let Some(shared) = evicting.upgrade() {
+            if shared.is_lost() || shared.told.evict(&device).is_err() {
+                return;
+            }
+            let soon = shared.told.is_nearly_full();
+            drop(shared);
+            std::thread::sleep(if soon { SOON } else { LOOK });
+        }
+    })?;
     let watched = Arc::downgrade(shared);
     Builder::new().name("export-watch".into()).spawn(move || {
         while let Some(shared) = watched.upgrade() {

@@ -12,12 +12,14 @@
 
 use std::sync::Arc;
 
+use super::attrs::Moment;
 use super::device::{Device, Gone};
 use super::question::{changes, handle_places, is_served, opens_to_write, put_u64_at, u32_at, u64_at};
 use super::shared::Shared;
 use super::talk::{Errno, Talk, message};
 use crate::export::wire::abi::{
-    ATTR, ENTRY_OUT, IN_HEADER, InHeader, MAX_MESSAGE, OUT_HEADER, flag, folders_after, op,
+    ATTR, CAPABILITIES, ENTRY_OUT, IN_HEADER, InHeader, MAX_MESSAGE, NAME_MAX, NO_CAPABILITIES, OUT_HEADER,
+    flag, folders_after, op,
 };
 use crate::export::wire::codec::{Put, Take};
 
@@ -58,7 +60,7 @@ impl Lane {
             self.device.forget_attributes(header.nodeid);
         }
         let result = match header.opcode {
-            op::FORGET | op::BATCH_FORGET => return self.talk.tell(message),
+            op::FORGET | op::BATCH_FORGET => return self.forget(&header, message),
             op::NOTIFY_REPLY => return,
             op::INTERRUPT => return self.interrupt(message),
             op::IOCTL => Err(libc::ENOTTY),
@@ -71,6 +73,12 @@ impl Lane {
             op::FLUSH if !self.has_locks(&header, message) => Ok(()),
             op::SETLKW => return self.wait(&header, message),
             op::GETATTR => return self.attributes(&header, message),
+            // Kernels pass names on that are longer than any folder's.
+            op::LOOKUP if message.len() - IN_HEADER > NAME_MAX + 1 => Err(libc::ENAMETOOLONG),
+            op::LOOKUP if self.lacks(&header, message) => {
+                return self.device.answer_body(header.unique, &self.talk.shared.remember.absent());
+            }
+            op::GETXATTR if self.lacks_capabilities(&header, message) => Err(libc::ENODATA),
             op::READ => return self.read(&header, message),
             op::READDIRPLUS => return self.list(&header, message),
             opcode if is_served(opcode) => return self.pass(&header, message),
@@ -93,25 +101,53 @@ impl Lane {
         let changes = changes(header.opcode, &message[IN_HEADER..]);
         let note = || {
             if changes {
-                shared.changed();
-                shared.shortcut.note(header.opcode, header.nodeid, &message[IN_HEADER..]);
+                shared.note(header, &message[IN_HEADER..]);
             }
         };
         note();
-        let before = shared.changes();
+        let before = shared.moment();
         let answer = self.talk.ask(message);
         note();
         let (answer, folders) = part(header.opcode, answer?);
-        keep_folders(&shared, header, &message[IN_HEADER..], folders, before + 1);
+        keep_folders(&shared, header, &message[IN_HEADER..], folders, before.map(Moment::after_change));
         match header.opcode {
             op::LOOKUP => keep_entry(&shared, answer, before),
+            op::MKDIR => note_made(&shared, u64_at(answer, OUT_HEADER)),
             op::GETATTR => shared.keep_attr(header.nodeid, &answer[OUT_HEADER + 16..], before),
-            op::OPEN => put_flags(answer, OUT_HEADER, shared.flags.file),
-            op::CREATE | op::TMPFILE => put_flags(answer, OUT_HEADER + ENTRY_OUT, shared.flags.file),
+            op::OPEN => {
+                if u32_at(answer, OUT_HEADER + 12) == NO_CAPABILITIES {
+                    note_bare(&shared, header.nodeid);
+                }
+                put_flags(answer, OUT_HEADER, shared.flags.file);
+            }
+            op::CREATE | op::TMPFILE => {
+                note_bare(&shared, u64_at(answer, OUT_HEADER));
+                put_flags(answer, OUT_HEADER + ENTRY_OUT, shared.flags.file);
+            }
             _ => {}
+        }
+        if let Some(name) = made(header.opcode, &message[IN_HEADER..]) {
+            let entry = &answer[OUT_HEADER..];
+            let attr = &entry[ENTRY_OUT - ATTR..ENTRY_OUT];
+            shared.told.tell(header.nodeid, name, u64_at(entry, 0), attr);
         }
         self.device.answer(answer);
         Ok(())
+    }
+
+    /// Whether a folder is known to have no such name.
+    fn lacks(&self, header: &InHeader, message: &[u8]) -> bool {
+        let known = self.talk.shared.known.as_ref();
+        !self.talk.shared.is_lost()
+            && known.is_some_and(|known| known.lacks(header.nodeid, &message[IN_HEADER..]))
+    }
+
+    /// Whether it is asked for capabilities, as the kernel does before it writes, and there are none.
+    fn lacks_capabilities(&self, header: &InHeader, message: &[u8]) -> bool {
+        let wanted = message[IN_HEADER..].get(8..8 + CAPABILITIES.len() + 1);
+        let asks = wanted.and_then(|name| name.strip_suffix(&[0])) == Some(CAPABILITIES);
+        let known = self.talk.shared.known.as_ref().filter(|_| asks && !self.talk.shared.is_lost());
+        known.is_some_and(|known| known.is_bare(header.nodeid))
     }
 
     fn attributes(&mut self, header: &InHeader, message: &mut [u8]) {
@@ -149,6 +185,16 @@ impl Lane {
         let guest = u64_at(self.talk.ask(&request)?, OUT_HEADER);
         state.guest = Some(guest);
         Ok(guest)
+    }
+
+    fn forget(&self, header: &InHeader, message: &[u8]) {
+        let body = &message[IN_HEADER..];
+        let count = match header.opcode {
+            op::FORGET => u64_at(body, 0),
+            _ => body.get(8..).unwrap_or_default().chunks_exact(16).map(|one| u64_at(one, 8)).sum(),
+        };
+        self.talk.shared.told.forgotten(count);
+        self.talk.tell(message);
     }
 
     fn open_here(&self, header: &InHeader, flags: u32) {
@@ -222,23 +268,46 @@ fn part(opcode: u32, answer: &mut [u8]) -> (&mut [u8], &[u8]) {
 
 /// Keeps the attributes of folders that a request changed. They hold if it was the only change: if since the guest
 /// was asked there was none but the one that is counted when it has answered.
-fn keep_folders(shared: &Shared, header: &InHeader, body: &[u8], folders: &[u8], changes: u64) {
+fn keep_folders(shared: &Shared, header: &InHeader, body: &[u8], folders: &[u8], then: Option<Moment>) {
     let nodes = match header.opcode {
         op::RENAME | op::RENAME2 => [u64_at(body, 0), header.nodeid],
         _ => [header.nodeid; 2],
     };
     for (node, attr) in nodes.into_iter().zip(folders.chunks_exact(ATTR)) {
-        shared.keep_attr(node, attr, changes);
+        shared.keep_attr(node, attr, then);
     }
 }
 
-fn keep_entry(shared: &Shared, answer: &[u8], changes: u64) {
+/// The name under which the kernel is told of a node by the answer; of one without a name, an empty one.
+fn made(opcode: u32, body: &[u8]) -> Option<&[u8]> {
+    let at = match opcode {
+        op::LOOKUP | op::SYMLINK => 0,
+        op::MKDIR | op::LINK => 8,
+        op::MKNOD | op::CREATE => 16,
+        op::TMPFILE => return Some(b""),
+        _ => return None,
+    };
+    body.get(at..).unwrap_or_default().split(|byte| *byte == 0).next()
+}
+
+fn note_bare(shared: &Shared, file: u64) {
+    if let Some(known) = &shared.known {
+        known.bare(file);
+    }
+}
+
+fn note_made(shared: &Shared, folder: u64) {
+    if let Some(known) = &shared.known {
+        known.made(folder);
+    }
+}
+
+fn keep_entry(shared: &Shared, answer: &[u8], then: Option<Moment>) {
     let entry = &answer[OUT_HEADER..];
-    shared.keep_attr(u64_at(entry, 0), &entry[ENTRY_OUT - ATTR..ENTRY_OUT], changes);
+    shared.keep_attr(u64_at(entry, 0), &entry[ENTRY_OUT - ATTR..ENTRY_OUT], then);
 }
 
 fn put_flags(answer: &mut [u8], at: usize, flags: u32) {
-    if let Some(place) = answer.get_mut(at + 8..at + 12) {
-        place.copy_from_slice(&flags.to_le_bytes());
-    }
+    // What stands after them is for this side only.
+    put_u64_at(answer, at + 8, flags.into());
 }

@@ -16,10 +16,13 @@
 
 mod attrs;
 mod check;
+mod clock;
 mod config;
 mod device;
+mod evict;
 mod export;
 mod init;
+mod known;
 mod lane;
 mod lazy;
 mod mount;
@@ -32,7 +35,7 @@ mod waits;
 
 pub use check::{Remember, check};
 pub use config::{Cache, Config, Writes};
-pub use export::{Export, StartError, Streams, SyncError};
+pub use export::{Export, Figures, StartError, Streams, SyncError};
 pub use init::InitError;
 pub use mount::{MountError, unmount};
 pub use question::Question;

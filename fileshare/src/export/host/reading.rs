@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::check::entries;
+use super::attrs::Moment;
+use super::check::{Folder, entries};
 use super::lane::Lane;
 use super::lazy::{Ahead, State};
 use super::question::{put_u64_at, u32_at, u64_at};
@@ -12,8 +13,9 @@ use super::talk::{Errno, message};
 use crate::export::wire::abi::{IN_HEADER, InHeader, MAX_DATA, OUT_HEADER, op};
 use crate::export::wire::codec::Put;
 
-/// How many bytes of entries come when a folder is opened: those of about a thousand files.
-const AHEAD: u32 = 192 * 1024;
+/// How many bytes of entries come when a folder is opened: those of about four
+/// thousand files.
+const AHEAD: u32 = 768 * 1024;
 
 /// A listing as the kernel asks for it.
 struct Wanted {
@@ -28,12 +30,18 @@ impl Lane {
             return self.pass(header, request);
         };
         let mut state = lock(&lazy.state);
-        if let Some(guest) = state.guest {
-            let host = state.host.clone();
+        if state.host.is_none() && state.guest.is_none() {
+            state.host = shared.shortcut.at_hand(header.nodeid).map(Arc::new);
+        }
+        if let Some(host) = state.host.clone() {
             drop(state);
-            if host.is_some_and(|host| self.read_here(header, request, &host)) {
+            if self.read_here(header, request, &host) {
                 return;
             }
+            state = lock(&lazy.state);
+        }
+        if let Some(guest) = state.guest {
+            drop(state);
             put_u64_at(request, IN_HEADER, guest);
             return self.pass(header, request);
         }
@@ -56,18 +64,31 @@ impl Lane {
         true
     }
 
-    fn open_and_read(&mut self, header: &InHeader, request: &[u8], state: &mut State) -> Result<(), Errno> {
+    fn open_and_read(
+        &mut self,
+        header: &InHeader,
+        request: &mut [u8],
+        state: &mut State,
+    ) -> Result<(), Errno> {
         let (offset, size) = (u64_at(request, IN_HEADER + 8), u32_at(request, IN_HEADER + 16));
         let mut body = Vec::with_capacity(24);
         body.u64(0).u64(offset).u32(size).u32(0);
-        let request = message(&InHeader { opcode: op::OPEN_READ, ..*header }, &body);
+        let question = message(&InHeader { opcode: op::OPEN_READ, ..*header }, &body);
         let shared = self.shared();
-        let changed = shared.shortcut.changed(header.nodeid);
-        let answer = self.talk.ask(&request)?;
+        let now = shared.shortcut.now();
+        let answer = self.talk.ask(&question)?;
         state.guest = Some(u64_at(answer, OUT_HEADER)).filter(|handle| *handle != 0);
         let (hint, data) = answer[OUT_HEADER + 16..].split_at(u32_at(answer, OUT_HEADER + 8) as usize);
-        self.device.answer_body(header.unique, data);
-        state.host = shared.shortcut.follow(hint, header.nodeid, changed).map(Arc::new);
+        if hint.is_empty() {
+            self.device.answer_body(header.unique, data);
+            return Ok(());
+        }
+        state.host = shared.shortcut.follow(hint, header.nodeid, now).map(Arc::new);
+        let host = state.host.clone();
+        if !host.is_some_and(|host| self.read_here(header, request, &host)) {
+            put_u64_at(request, IN_HEADER, state.guest.ok_or(libc::EIO)?);
+            self.pass(header, request);
+        }
         Ok(())
     }
 
@@ -100,15 +121,19 @@ impl Lane {
     fn open_and_list(&mut self, header: &InHeader, state: &mut State) -> Result<(), Errno> {
         let shared = self.shared();
         // Before the guest looks: what changes from now on makes the listing old.
-        let changes = shared.changes();
+        let (changes, now, then) = (shared.changes(), shared.shortcut.now(), shared.moment());
         let mut body = Vec::with_capacity(8);
         body.u32(AHEAD).u32(0);
         let request = message(&InHeader { opcode: op::OPENDIR_READ, ..*header }, &body);
         let answer = self.talk.ask(&request)?;
-        state.guest = Some(u64_at(answer, OUT_HEADER));
-        let whole = u64_at(answer, OUT_HEADER + 8) == 1;
-        keep_attrs(&shared, &answer[OUT_HEADER + 16..], changes);
-        let ahead = Ahead::new(&answer[OUT_HEADER + 16..], 0, whole, changes);
+        let folder = Folder::of(&answer[OUT_HEADER..]).map_err(|_| libc::EIO)?;
+        state.guest = Some(folder.guest);
+        keep_attrs(&shared, folder.entries, then);
+        shared.shortcut.keep(&folder, now);
+        if folder.whole {
+            shared.keep_names(header.nodeid, entries(folder.entries).map(|entry| entry.name), changes);
+        }
+        let ahead = Ahead::new(folder.entries, 0, folder.whole, changes);
         if let Some(old) = shared.lazies.keep(state, ahead) {
             self.talk.forget(&old.untold());
         }
@@ -123,6 +148,7 @@ impl Lane {
             && let Some(entries) = ahead.take(wanted.offset, wanted.size, changes)
         {
             state.listed = allow(state.listed, entries, shared.most_entries)?;
+            tell(&shared, header.nodeid, entries);
             self.device.answer_body(header.unique, entries);
             return Ok(true);
         }
@@ -135,22 +161,28 @@ impl Lane {
     fn list_on(&mut self, header: &InHeader, request: &mut [u8], state: &mut State) -> Result<(), Errno> {
         let shared = self.shared();
         put_u64_at(request, IN_HEADER, state.guest.ok_or(libc::EIO)?);
-        let changes = shared.changes();
+        let then = shared.moment();
         let answer = self.talk.ask(request)?;
-        keep_attrs(&shared, &answer[OUT_HEADER..], changes);
+        keep_attrs(&shared, &answer[OUT_HEADER..], then);
         let listed = allow(state.listed, &answer[OUT_HEADER..], shared.most_entries);
         state.listed = listed.inspect_err(|_| {
             if shared.complaints.may() {
                 tracing::warn!(nodeid = header.nodeid, "the guest lists a folder without end");
             }
         })?;
+        tell(&shared, header.nodeid, &answer[OUT_HEADER..]);
         self.device.answer(answer);
         Ok(())
     }
 }
 
-fn keep_attrs(shared: &Shared, listing: &[u8], changes: u64) {
-    entries(listing).for_each(|entry| shared.keep_attr(entry.nodeid, entry.attr, changes));
+/// The kernel gets a listing.
+fn tell(shared: &Shared, folder: u64, listing: &[u8]) {
+    entries(listing).for_each(|entry| shared.told.tell(folder, entry.name, entry.nodeid, entry.attr));
+}
+
+fn keep_attrs(shared: &Shared, listing: &[u8], then: Option<Moment>) {
+    entries(listing).for_each(|entry| shared.keep_attr(entry.nodeid, entry.attr, then));
 }
 
 /// Counts entries, up to as many as a folder may have.

@@ -5,14 +5,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::attrs::Attrs;
+use super::attrs::{Attrs, Moment};
 use super::check::Remember;
 use super::config::{Cache, Config};
+use super::evict::Told;
 use super::export::Streams;
+use super::known::Known;
 use super::lazy::Lazies;
 use super::shortcut::Shortcut;
 use super::waits::Waits;
-use crate::export::wire::abi::op;
+use crate::export::wire::abi::{InHeader, op};
 use crate::export::wire::stream::Stream;
 
 /// How many (file, owner) pairs are known to have had locks. With more, every close is told to the guest.
@@ -28,7 +30,10 @@ pub(super) struct Shared {
     pub(super) lazies: Lazies,
     /// Only where nobody else changes files.
     pub(super) attrs: Option<Attrs>,
+    /// The same.
+    pub(super) known: Option<Known>,
     pub(super) turns: Turns,
+    pub(super) told: Told,
     pub(super) shortcut: Shortcut,
     pub(super) waits: Waits,
     pub(super) complaints: Complaints,
@@ -90,7 +95,9 @@ impl Shared {
             patience: config.patience,
             lazies: Lazies::default(),
             attrs: (config.cache == Cache::Alone).then(Attrs::default),
+            known: (config.cache == Cache::Alone).then(Known::default),
             turns: Turns::default(),
+            told: Told::new(config.most_nodes),
             shortcut,
             waits: Waits::new(streams.waits),
             complaints: Complaints::default(),
@@ -158,25 +165,45 @@ impl Shared {
         lock(&self.why).clone()
     }
 
-    /// Something is about to change, or just did. What was listed before is old then.
-    pub(super) fn changed(&self) {
-        self.changes.fetch_add(1, Ordering::AcqRel);
-    }
-
     pub(super) fn changes(&self) -> u64 {
         self.changes.load(Ordering::Acquire)
     }
 
-    /// Keeps a node's attributes; `changes` is from before the guest was asked.
-    pub(super) fn keep_attr(&self, nodeid: u64, attr: &[u8], changes: u64) {
-        if let Some(attrs) = self.attrs.as_ref().filter(|_| nodeid != 0) {
-            attrs.keep(nodeid, attr, changes, Instant::now());
+    /// Keeps which names a folder has; `changes` is from before the guest was asked.
+    pub(super) fn keep_names<'a>(&self, folder: u64, names: impl Iterator<Item = &'a [u8]>, changes: u64) {
+        if let Some(known) = &self.known {
+            known.listed(folder, names, (changes, &self.changes));
+        }
+    }
+
+    /// A request that changes something is about to be sent, or was just answered. What was listed before is old
+    /// then, and more.
+    pub(super) fn note(&self, header: &InHeader, body: &[u8]) {
+        self.changes.fetch_add(1, Ordering::AcqRel);
+        self.shortcut.note(header.opcode, header.nodeid, body);
+        if let Some(attrs) = &self.attrs {
+            attrs.note(header.opcode, header.nodeid, body);
+        }
+        if let Some(known) = &self.known {
+            known.about_to(header.opcode, header.nodeid, body);
+        }
+    }
+
+    /// Now, as attributes will be kept from.
+    pub(super) fn moment(&self) -> Option<Moment> {
+        self.attrs.as_ref().map(Attrs::moment)
+    }
+
+    /// Keeps a node's attributes; the moment is from before the guest was asked.
+    pub(super) fn keep_attr(&self, nodeid: u64, attr: &[u8], then: Option<Moment>) {
+        if let Some((attrs, then)) = self.attrs.as_ref().zip(then).filter(|_| nodeid != 0) {
+            attrs.keep(nodeid, attr, then, Instant::now());
         }
     }
 
     /// The answer to GETATTR, if it is known.
     pub(super) fn known_attr(&self, nodeid: u64) -> Option<Vec<u8>> {
-        let attr = self.attrs.as_ref()?.get(nodeid, self.changes(), Instant::now())?;
+        let attr = self.attrs.as_ref()?.get(nodeid, Instant::now())?;
         Some(self.remember.attr_out(&attr))
     }
 

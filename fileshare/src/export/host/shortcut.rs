@@ -4,6 +4,9 @@
 //!   first read ──> guest: data, and a hint: layer, path, size, time
 //!                    └─ looked for below the layer's folder, compared ──> host's file
 //!   next reads ──> host's file, until somebody may have changed the union's ──> guest again
+//!
+//!   listing ─────> guest: entries, and hints: the folder's path, each file's layer ──> kept
+//!   first read ──> host's file, found by what was kept: no turn at all
 //! ```
 //!
 //! The kernel's cache stays the one place where all openers and mappings of the file meet, so a copy-up needs no
@@ -15,22 +18,26 @@
 //!    gets one lower file for another.
 //! 2. A file that was opened to write, truncated or copied to since the hint was asked for is not read here.
 
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
+use super::check::Folder;
+use super::clock::Clock;
 use super::question::{opens_to_write, u32_at, u64_at};
-use crate::export::wire::abi::{flag, op};
+use super::shared::lock;
+use crate::export::wire::abi::{Attr, flag, op};
 use crate::export::wire::codec::{Malformed, Take};
 
-/// Nodes share counters by their number: a collision only costs a reading its short way.
-const COUNTERS: usize = 4096;
+/// How many files' places are kept.
+const MOST_PLACES: usize = 1 << 17;
 
 /// How many host files may be open.
 const MOST: usize = 1024;
@@ -39,16 +46,32 @@ const MOST: usize = 1024;
 #[derive(Debug)]
 pub(super) struct Shortcut {
     layers: Vec<OwnedFd>,
-    changed: Vec<AtomicU64>,
+    /// Of what files hold.
+    clock: Clock,
+    places: Mutex<HashMap<u64, Place>>,
     open: Arc<AtomicUsize>,
+    reads: AtomicU64,
 }
+
+/// Where a lower file is, and what it was like when the guest said so.
+#[derive(Clone, Debug)]
+struct Place {
+    layer: usize,
+    folder: Arc<[u8]>,
+    name: Box<[u8]>,
+    facts: Facts,
+    since: u64,
+}
+
+/// Size and time of change.
+type Facts = (u64, u64, u32);
 
 /// A lower file, open on the host.
 #[derive(Debug)]
 pub(super) struct HostFile {
     file: OwnedFd,
     nodeid: u64,
-    changed: u64,
+    since: u64,
     open: Arc<AtomicUsize>,
 }
 
@@ -64,18 +87,16 @@ impl Shortcut {
         let layers = layers.iter().map(|path| rustix::fs::open(path, flags, Mode::empty()));
         Ok(Self {
             layers: layers.collect::<Result<_, _>>()?,
-            changed: (0..COUNTERS).map(|_| AtomicU64::new(0)).collect(),
+            clock: Clock::default(),
+            places: Mutex::default(),
             open: Arc::default(),
+            reads: AtomicU64::new(0),
         })
     }
 
-    fn counter(&self, nodeid: u64) -> &AtomicU64 {
-        &self.changed[nodeid as usize % COUNTERS]
-    }
-
-    /// How often this node was changed. From before the guest is asked for a hint.
-    pub(super) fn changed(&self, nodeid: u64) -> u64 {
-        self.counter(nodeid).load(Ordering::Acquire)
+    /// The time, from before the guest is asked for a hint.
+    pub(super) fn now(&self) -> u64 {
+        self.clock.now()
     }
 
     /// A request that may change a file's contents is about to be sent, or was just answered.
@@ -87,21 +108,65 @@ impl Shortcut {
             op::COPY_FILE_RANGE => u64_at(body, 16),
             _ => return,
         };
-        self.counter(node).fetch_add(1, Ordering::AcqRel);
+        self.clock.note(node);
+    }
+
+    /// Keeps where a listing says that files are; `since` is from before it was asked for.
+    pub(super) fn keep(&self, folder: &Folder<'_>, since: u64) {
+        if self.layers.is_empty() {
+            return;
+        }
+        let path: Arc<[u8]> = folder.path.into();
+        let mut places = lock(&self.places);
+        for (entry, layer) in folder.in_layers() {
+            let Ok(attr) = Attr::take(&mut Take::new(entry.attr)) else { continue };
+            if places.len() >= MOST_PLACES {
+                places.clear();
+            }
+            let (folder, name) = (Arc::clone(&path), entry.name.into());
+            let facts = (attr.size, attr.mtime, attr.mtimensec);
+            places.insert(entry.nodeid, Place { layer, folder, name, facts, since });
+        }
+    }
+
+    /// Opens the file that a node is, if a listing said where it is, and nothing has changed it since.
+    pub(super) fn at_hand(&self, nodeid: u64) -> Option<HostFile> {
+        let place = lock(&self.places).get(&nodeid).cloned()?;
+        if self.clock.is_changed(nodeid, place.since) {
+            lock(&self.places).remove(&nodeid);
+            return None;
+        }
+        let path = match &*place.folder {
+            [] => place.name.to_vec(),
+            folder => [folder, b"/", &*place.name].concat(),
+        };
+        self.open_counted(nodeid, place.since, || self.find(place.layer, place.facts, &path))
     }
 
     /// Opens the file that a hint names, if there is one and it is what the hint says.
-    pub(super) fn follow(&self, hint: &[u8], nodeid: u64, changed: u64) -> Option<HostFile> {
+    pub(super) fn follow(&self, hint: &[u8], nodeid: u64, since: u64) -> Option<HostFile> {
         if hint.is_empty() || self.layers.is_empty() {
             return None;
         }
+        self.open_counted(nodeid, since, || {
+            let (layer, facts, path) = parse(hint).map_err(io::Error::other)?;
+            self.find(layer, facts, path)
+        })
+    }
+
+    fn open_counted(
+        &self,
+        nodeid: u64,
+        since: u64,
+        open: impl FnOnce() -> io::Result<OwnedFd>,
+    ) -> Option<HostFile> {
         if self.open.fetch_add(1, Ordering::Relaxed) >= MOST {
             self.open.fetch_sub(1, Ordering::Relaxed);
             return None;
         }
         // From here on counted: dropping the result, or failing, counts back.
-        match self.find(hint) {
-            Ok(file) => Some(HostFile { file, nodeid, changed, open: Arc::clone(&self.open) }),
+        match open() {
+            Ok(file) => Some(HostFile { file, nodeid, since, open: Arc::clone(&self.open) }),
             Err(error) => {
                 self.open.fetch_sub(1, Ordering::Relaxed);
                 tracing::debug!(%error, "a hint leads nowhere");
@@ -110,8 +175,7 @@ impl Shortcut {
         }
     }
 
-    fn find(&self, hint: &[u8]) -> io::Result<OwnedFd> {
-        let (layer, facts, path) = parse(hint).map_err(io::Error::other)?;
+    fn find(&self, layer: usize, facts: Facts, path: &[u8]) -> io::Result<OwnedFd> {
         let folder = self.layers.get(layer).ok_or_else(|| io::Error::other("no such layer"))?;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
@@ -129,7 +193,7 @@ impl Shortcut {
 
     /// Reads, unless the file may have been changed.
     pub(super) fn read(&self, host: &HostFile, offset: u64, into: &mut [u8]) -> Option<usize> {
-        if self.changed(host.nodeid) != host.changed {
+        if self.clock.is_changed(host.nodeid, host.since) {
             return None;
         }
         let mut done = 0;
@@ -139,12 +203,18 @@ impl Shortcut {
                 count => done += count,
             }
         }
+        self.reads.fetch_add(1, Ordering::Relaxed);
         Some(done)
+    }
+
+    /// How often something was read here.
+    pub(super) fn reads(&self) -> u64 {
+        self.reads.load(Ordering::Relaxed)
     }
 }
 
 /// Layer; size and time of change; path.
-type Parsed<'a> = (usize, (u64, u64, u32), &'a [u8]);
+type Parsed<'a> = (usize, Facts, &'a [u8]);
 
 fn parse(hint: &[u8]) -> Result<Parsed<'_>, Malformed> {
     let mut take = Take::new(hint);
@@ -181,7 +251,7 @@ mod tests {
         symlink("sub", layer.join("dirlink")).unwrap();
         let shortcut = Shortcut::open(std::slice::from_ref(&layer)).unwrap();
         let inside = layer.join("sub/file");
-        let follow = |hint: &[u8]| shortcut.follow(hint, 7, 0);
+        let follow = |hint: &[u8]| shortcut.follow(hint, 7, shortcut.now());
         let host = follow(&hint(0, "sub/file", &inside)).unwrap();
         let mut bytes = [0; 10];
         assert_eq!(shortcut.read(&host, 2, &mut bytes), Some(4));
@@ -205,8 +275,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("file"), "text").unwrap();
         let shortcut = Shortcut::open(&[dir.path().to_owned()]).unwrap();
-        let host =
-            shortcut.follow(&hint(0, "file", &dir.path().join("file")), 7, shortcut.changed(7)).unwrap();
+        let host = shortcut.follow(&hint(0, "file", &dir.path().join("file")), 7, shortcut.now()).unwrap();
         let mut read_only = Vec::new();
         read_only.u32(0).u32(0);
         shortcut.note(op::OPEN, 7, &read_only);

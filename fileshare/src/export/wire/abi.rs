@@ -56,8 +56,10 @@ pub mod op {
     /// `handle:u64 hint:u32 0:u32`, a hint of so many bytes, and data. The handle is 0 when the data reaches the
     /// file's end: nothing stays open.
     pub const OPEN_READ: u32 = 0x8001;
-    /// Ours: open a folder and list it. `size:u32 0:u32`, answered by `handle:u64 whole:u64` and entries as
-    /// READDIRPLUS has them; `whole` is 1 when no more follow.
+    /// Ours: open a folder and list it. `size:u32 0:u32`, answered by `handle:u64 whole:u32 entries:u32 path:u32
+    /// 0:u32`, so many bytes of entries as READDIRPLUS has them, so many of the folder's path in the layers, and
+    /// either nothing or, for each entry, a `u16`: 0, or the number of the lower layer that a file lies in, from 1.
+    /// `whole` is 1 when no more entries follow.
     pub const OPENDIR_READ: u32 = 0x8002;
 }
 
@@ -76,6 +78,16 @@ pub fn folders_after(opcode: u32) -> usize {
         _ => 0,
     }
 }
+
+/// Length of what stands before an OPENDIR_READ's entries.
+pub const LISTED: usize = 24;
+
+/// In an OPEN's answer, where the kernel expects nothing: the file has no capabilities, so no write needs to take
+/// any away.
+pub const NO_CAPABILITIES: u32 = 1;
+
+/// The attribute that is asked for before a file is written to.
+pub const CAPABILITIES: &[u8] = b"security.capability";
 
 /// Features that kernel and server agree on in INIT.
 #[allow(missing_docs)] // The names are the kernel's.
@@ -125,6 +137,43 @@ pub mod flag {
     pub const LK_FLOCK: u32 = 1 << 0;
     pub const FSYNC_FDATASYNC: u32 = 1 << 0;
     pub const SETXATTR_ACL_KILL_SGID: u32 = 1 << 0;
+}
+
+/// The name of a request, for people.
+pub fn name(opcode: u32) -> &'static str {
+    const NAMES: [(u32, &str); 30] = [
+        (op::LOOKUP, "lookup"),
+        (op::GETATTR, "getattr"),
+        (op::SETATTR, "setattr"),
+        (op::READLINK, "readlink"),
+        (op::SYMLINK, "symlink"),
+        (op::MKNOD, "mknod"),
+        (op::MKDIR, "mkdir"),
+        (op::UNLINK, "unlink"),
+        (op::RMDIR, "rmdir"),
+        (op::RENAME, "rename"),
+        (op::RENAME2, "rename2"),
+        (op::LINK, "link"),
+        (op::OPEN, "open"),
+        (op::OPEN_READ, "open and read"),
+        (op::READ, "read"),
+        (op::WRITE, "write"),
+        (op::STATFS, "statfs"),
+        (op::FSYNC, "fsync"),
+        (op::SETXATTR, "setxattr"),
+        (op::GETXATTR, "getxattr"),
+        (op::LISTXATTR, "listxattr"),
+        (op::REMOVEXATTR, "removexattr"),
+        (op::FLUSH, "flush"),
+        (op::OPENDIR_READ, "opendir and read"),
+        (op::READDIRPLUS, "readdirplus"),
+        (op::CREATE, "create"),
+        (op::TMPFILE, "tmpfile"),
+        (op::FALLOCATE, "fallocate"),
+        (op::LSEEK, "lseek"),
+        (op::COPY_FILE_RANGE, "copy_file_range"),
+    ];
+    NAMES.iter().find(|(known, _)| *known == opcode).map_or("other", |(_, name)| name)
 }
 
 /// The folder that a mount shows.

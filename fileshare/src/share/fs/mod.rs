@@ -19,6 +19,7 @@
 
 mod config;
 mod names;
+mod owner;
 mod requests;
 
 use std::ffi::{CStr, CString};

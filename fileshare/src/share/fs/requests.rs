@@ -15,6 +15,7 @@ use virtiofsd::fuse;
 use virtiofsd::passthrough::PassthroughFs;
 
 use super::names::{Area, Node, component};
+use super::owner::Kept;
 use super::{At, ShareFs, absent, errno};
 
 /// What of a guest's open flags reaches the host: how to access and to write through, nothing that makes files
@@ -63,7 +64,9 @@ impl FileSystem for ShareFs {
         for fs in self.areas() {
             wanted |= fs.init(capable)?;
         }
-        Ok(wanted)
+        // Listings always bring what a lookup would: the guest looks up all that it lists, as what its overlay, or
+        // the host's side of an export, has to say of an entry needs that.
+        Ok(wanted - FsOptions::READDIRPLUS_AUTO)
     }
 
     fn destroy(&self) {
@@ -118,7 +121,12 @@ impl FileSystem for ShareFs {
         valid: SetattrValid,
     ) -> io::Result<(fuse::Attr, Duration)> {
         let at = self.change(inode)?;
-        at.fs.setattr(ctx, at.node.inode, attr, handle, valid)
+        let kept = Kept::before(at.fs, ctx, at.node.inode, valid);
+        let changed = at.fs.setattr(ctx, at.node.inode, attr, handle, valid)?;
+        match kept {
+            Some(kept) => kept.restore(at.fs, ctx, at.node.inode),
+            None => Ok(changed),
+        }
     }
 
     fn readlink(&self, ctx: Context, inode: u64) -> io::Result<Vec<u8>> {

@@ -36,6 +36,11 @@ pub const POOLED: [Subject; 1] = [POOL];
 pub const BUILDAH: Subject = Subject { name: "buildah", runtime: RUNC, annotations: &[] };
 
 impl Subject {
+    /// One that runs no containers.
+    pub const fn named(name: &'static str) -> Self {
+        Self { name, runtime: "", annotations: &[] }
+    }
+
     /// Whether each of its containers has a VM.
     pub fn has_vm(&self) -> bool {
         self.runtime == VMCTR
@@ -79,6 +84,11 @@ impl<'rig> Bench<'rig> {
     /// What was measured.
     pub fn finish(self) -> Results {
         self.results
+    }
+
+    /// Whether all should be quick rather than exact.
+    pub fn is_quick(&self) -> bool {
+        self.quick
     }
 
     /// So many, or few when that is all that is wanted.

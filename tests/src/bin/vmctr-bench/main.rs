@@ -1,8 +1,8 @@
 //! `vmctr-bench`: what a container costs under vmctr, and under runc on the same machine in the same minutes.
 //!
 //! ```text
-//!   start  concurrent  stdio  share  memory  stop  commit     one file each: it runs containers and adds samples
-//!        └──────────┴────┬───┴──────┴───────┘
+//!   start  concurrent  stdio  share  memory  stop  commit  union     one file each: it runs containers and adds samples
+//!        └──────────┴────┬───┴──────┴───────┴─────┴───────┘
 //!   bench                the rig, the subjects, how often
 //!   results ──> table    stdout, for people
 //!          └──> JSON     --output, for programs, with the machine's facts
@@ -27,6 +27,7 @@ mod stdio;
 mod stop;
 mod streams;
 mod table;
+mod union;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -66,6 +67,7 @@ enum Benchmark {
     Memory,
     Stop,
     Commit,
+    Union,
 }
 
 impl Benchmark {
@@ -78,6 +80,7 @@ impl Benchmark {
             Self::Memory => memory::measure(bench),
             Self::Stop => stop::measure(bench),
             Self::Commit => commit::measure(bench),
+            Self::Union => union::measure(bench),
         }
     }
 }

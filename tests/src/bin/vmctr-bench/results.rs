@@ -7,10 +7,13 @@ use serde_json::{Value, json};
 use super::samples::Samples;
 
 /// Version of the JSON's layout.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// Whose figures the others are compared with.
 pub const REFERENCE: &str = "runc";
+
+/// The same for unions, which no container has to do with.
+pub const UNION_REFERENCE: &str = "overlayfs";
 
 /// What a sample is counted in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +24,10 @@ pub enum Unit {
     Mib,
     /// More is better.
     MibPerSecond,
+    /// Less is better.
+    Microseconds,
+    /// Less is better.
+    Turns,
 }
 
 impl Unit {
@@ -29,6 +36,8 @@ impl Unit {
             Self::Seconds => "s",
             Self::Mib => "MiB",
             Self::MibPerSecond => "MiB/s",
+            Self::Microseconds => "µs",
+            Self::Turns => "turns",
         }
     }
 
@@ -37,7 +46,7 @@ impl Unit {
         let digits = match self {
             Self::Seconds => 3,
             Self::Mib => 1,
-            Self::MibPerSecond => 0,
+            Self::MibPerSecond | Self::Microseconds | Self::Turns => 0,
         };
         format!("{value:.digits$} {}", self.name())
     }
@@ -90,14 +99,17 @@ impl Results {
     /// What the same costs the reference, as a multiple: 2 means twice the time or half the rate. `None` for the
     /// reference itself and for what it has not.
     pub fn ratio(&self, figure: &Figure) -> Option<f64> {
-        if figure.key.subject == REFERENCE {
+        if is_reference(figure.key.subject) {
             return None;
         }
-        let key = Key { subject: REFERENCE, ..figure.key.clone() };
-        let reference = self.figures.iter().find(|other| other.key == key)?.samples.median();
+        let of = |other: &&Figure| {
+            let Key { benchmark, what, subject } = &other.key;
+            is_reference(subject) && (benchmark, what) == (&figure.key.benchmark, &figure.key.what)
+        };
+        let reference = self.figures.iter().find(of)?.samples.median();
         let (own, reference) = match figure.unit {
-            Unit::Seconds | Unit::Mib => (figure.samples.median(), reference),
             Unit::MibPerSecond => (reference, figure.samples.median()),
+            _ => (figure.samples.median(), reference),
         };
         (reference > 0.0).then_some(own / reference)
     }
@@ -117,13 +129,17 @@ impl Results {
             "what": figure.key.what.trim_start(),
             "subject": figure.key.subject,
             "unit": figure.unit.name(),
-            "times_runc": self.ratio(figure),
+            "times_reference": self.ratio(figure),
             "median": figure.samples.median(),
             "least": least,
             "most": most,
             "samples": figure.samples.all(),
         })
     }
+}
+
+fn is_reference(subject: &str) -> bool {
+    matches!(subject, REFERENCE | UNION_REFERENCE)
 }
 
 #[cfg(test)]
@@ -169,7 +185,7 @@ mod tests {
         assert_eq!(
             json["figures"][0],
             json!({
-                "benchmark": "b", "what": "time", "subject": "vmctr", "unit": "s", "times_runc": 10.0,
+                "benchmark": "b", "what": "time", "subject": "vmctr", "unit": "s", "times_reference": 10.0,
                 "median": 5.0, "least": 4.0, "most": 6.0, "samples": [4.0, 6.0],
             })
         );

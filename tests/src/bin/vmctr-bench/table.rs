@@ -1,11 +1,12 @@
-//! The results as a table for people: ratios first, one line for each figure, runc's beneath vmctr's.
+//! The results as a table for people: ratios first, one line for each figure, what it is compared with beneath it:
+//! runc, or for unions the kernel's overlay.
 
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::Value;
 
 use super::results::{Figure, Results};
 
-const HEADER: [&str; 6] = ["× RUNC", "", "", "MEDIAN", "LEAST … MOST", "RUNS"];
+const HEADER: [&str; 6] = ["RATIO", "", "", "MEDIAN", "LEAST … MOST", "RUNS"];
 
 /// Machine and figures.
 pub fn text(results: &Results) -> String {

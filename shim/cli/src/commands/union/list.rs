@@ -9,7 +9,7 @@ use vmctr_vmm::run_dir::Role;
 
 use super::check::Plan;
 use super::order::Order;
-use super::record::{self, Mount, State};
+use super::record::{self, Mount, Relay, State};
 use crate::commands::Context;
 use crate::failure::{Failure, Outcome, Verdict};
 use crate::output;
@@ -31,6 +31,7 @@ struct View {
     container: Option<String>,
     /// What went wrong.
     lost: Option<String>,
+    relay: Relay,
     log: PathBuf,
     /// The command that removes what is left of it.
     clean_up: Option<String>,
@@ -48,6 +49,7 @@ impl View {
             pid: process(Role::Shim),
             qemu_pid: process(Role::Qemu),
             fsd_pid: process(Role::Fsd),
+            relay: mount.relay(),
             log: record::log(&mount.entry.path),
             clean_up: matches!(state, State::Lost | State::Dead).then_some(clean_up),
             lost: mount.lost,
@@ -146,6 +148,8 @@ fn text(view: &View) -> String {
         ("qemu", or_dash(view.qemu_pid)),
         ("fsd", or_dash(view.fsd_pid)),
         ("lost", or_dash(view.lost.as_ref())),
+        ("asked the VM", view.relay.turns.to_string()),
+        ("read on the host", view.relay.host_reads.to_string()),
         ("log", view.log.display().to_string()),
         ("clean-up", or_dash(view.clean_up.as_ref())),
     ])

@@ -4,14 +4,18 @@
 //!   RUN_DIR/KEY/       KEY from the mountpoint
 //!     meta.json        the background process; a union's VM and share daemon
 //!     mount.json       what is mounted
+//!     relay.json       what its relay has done so far
 //!     log              what the background process has to say
 //!     lost             why the mount fails, or what was lost with it; stays when that is to be known
 //! ```
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+use vmctr_fileshare::export::host::Figures;
 use vmctr_vmm::run_dir::{self, Entry, Owner, Role, RunDirError, RunKey};
 
 use super::order::Order;
@@ -22,6 +26,7 @@ const NAMESPACE: &str = "vmctr-union";
 const FILE: &str = "mount.json";
 const LOG: &str = "log";
 const LOST: &str = "lost";
+const RELAY: &str = "relay.json";
 
 /// Of what the background process notes.
 const MAX_NOTE: usize = 4096;
@@ -40,6 +45,29 @@ pub struct Mount {
     pub order: Option<Order>,
     /// What went wrong.
     pub lost: Option<String>,
+}
+
+/// What a union's relay has done so far: requests that somebody waited for the VM to answer, and reads of lower
+/// files on the host.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Relay {
+    /// Requests that the VM was asked, in all.
+    pub turns: u64,
+    /// The same by their names.
+    pub requests: BTreeMap<String, u64>,
+    /// Reads that it was not asked.
+    pub host_reads: u64,
+    /// Files and folders that the host's kernel knows of it.
+    #[serde(default)]
+    pub nodes: u64,
+}
+
+impl From<Figures> for Relay {
+    fn from(Figures { requests, host_reads, nodes }: Figures) -> Self {
+        let turns = requests.values().sum();
+        let requests = requests.into_iter().map(|(name, count)| (name.to_owned(), count)).collect();
+        Self { turns, requests, host_reads, nodes }
+    }
 }
 
 /// How it is with a mount.
@@ -85,6 +113,11 @@ pub fn write(dir: &Path, order: &Order) -> io::Result<()> {
 pub fn note_lost(dir: &Path, why: &str) -> io::Result<()> {
     let end = why.floor_char_boundary(MAX_NOTE);
     write_whole(&dir.join(LOST), &why.as_bytes()[..end])
+}
+
+/// Writes down what its relay has done.
+pub fn write_relay(dir: &Path, relay: &Relay) -> io::Result<()> {
+    write_whole(&dir.join(RELAY), &serde_json::to_vec(relay)?)
 }
 
 fn write_whole(whole: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -136,6 +169,12 @@ impl Mount {
             Some(Order::Container(_)) => "container",
             Some(Order::Union(_)) | None => "union",
         }
+    }
+
+    /// What its relay had done a moment ago.
+    pub fn relay(&self) -> Relay {
+        let bytes = fs::read(self.entry.path.join(RELAY)).unwrap_or_default();
+        serde_json::from_slice(&bytes).unwrap_or_default()
     }
 
     /// How it is with it now.

@@ -25,7 +25,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep};
 use tracing::{error, info, warn};
-use vmctr_fileshare::export::host::{Cache, Config as MountConfig, Export, Streams, unmount};
+use vmctr_fileshare::export::host::{Cache, Config as MountConfig, Export, Figures, Streams, unmount};
 use vmctr_vmm::config::Config;
 use vmctr_vmm::error_chain;
 use vmctr_vmm::run_dir::RunDir;
@@ -194,12 +194,18 @@ impl Mounted {
 
     /// Returns when nobody uses the mount any more; whether it failed before.
     async fn until_gone(&mut self) -> bool {
-        let (mut lost, mut until) = (false, None);
+        let (mut lost, mut until, mut told) = (false, None, Figures::default());
         while !self.export.is_gone() && until.is_none_or(|until| Instant::now() < until) {
             if let Some(why) = self.export.lost()
                 && !std::mem::replace(&mut lost, true)
             {
                 self.note(&format!("The mount fails: {why}; {}", self.cause()));
+            }
+            let figures = self.export.figures();
+            if figures != told {
+                // For whoever asks: a union does not depend on them.
+                let _ = record::write_relay(self.run_dir.path(), &figures.clone().into());
+                told = figures;
             }
             tokio::select! {
                 () = sleep(POLL) => {}

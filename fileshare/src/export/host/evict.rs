@@ -1,0 +1,106 @@
+//! Has the kernel forget files when it knows more than may be open: each that it knows is an open file in the guest,
+//! and another in the share's daemon, and the kernel by itself forgets only for want of memory.
+//!
+//! ```text
+//!   lookup, create, listing ──> kernel knows one more; its name at the queue's end
+//!   too many ──> a thread of its own: "forget this name", oldest first ──> kernel ── FORGET ──> guest
+//! ```
+//!
+//! Folders are not evicted: with one goes all that is mounted below it. A file in use stays known, without its name.
+//!
+//! Invariant: nobody waits for an eviction. The kernel locks the folder for it, which may be held by one who waits
+//! for the guest.
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::device::{Device, Gone};
+use super::shared::lock;
+use crate::export::wire::abi::{Attr, NAME_MAX};
+use crate::export::wire::codec::Take;
+
+/// What the kernel knows.
+#[derive(Debug)]
+pub(super) struct Told {
+    most: u64,
+    /// How often it was told of a node and has not forgotten.
+    count: AtomicU64,
+    names: Mutex<VecDeque<(u64, Box<[u8]>)>>,
+}
+
+impl Told {
+    pub(super) fn new(most: u64) -> Self {
+        Self { most, count: AtomicU64::new(0), names: Mutex::default() }
+    }
+
+    /// The kernel is told of a node under a name.
+    pub(super) fn tell(&self, folder: u64, name: &[u8], nodeid: u64, attr: &[u8]) {
+        if nodeid == 0 {
+            return;
+        }
+        self.count.fetch_add(1, Ordering::Relaxed);
+        let is_file = Attr::take(&mut Take::new(attr)).is_ok_and(|attr| attr.kind() != libc::S_IFDIR);
+        if is_file && name.len() <= NAME_MAX {
+            let mut names = lock(&self.names);
+            names.push_back((folder, name.into()));
+            // Names of what was forgotten for other reasons.
+            while names.len() as u64 > 2 * self.count().max(self.most) {
+                names.pop_front();
+            }
+        }
+    }
+
+    /// The kernel forgot so often.
+    pub(super) fn forgotten(&self, count: u64) {
+        // The kernel is trusted to forget no more than it was told.
+        self.count.fetch_sub(count, Ordering::Relaxed);
+    }
+
+    pub(super) fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn is_nearly_full(&self) -> bool {
+        self.count() > self.most / 2
+    }
+
+    /// Evicts the oldest if there are too many.
+    pub(super) fn evict(&self, device: &Device) -> Result<(), Gone> {
+        if self.count() <= self.most {
+            return Ok(());
+        }
+        // Some room, so that it is not done for each single file.
+        for _ in 0..self.count().saturating_sub(self.most - self.most / 8) {
+            let Some((folder, name)) = lock(&self.names).pop_front() else { return Ok(()) };
+            device.forget_name(folder, &name)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::wire::abi::ATTR;
+    use crate::export::wire::codec::Put;
+
+    #[test]
+    fn names_of_files_are_kept_up_to_a_bound() {
+        let told = Told::new(4);
+        let attr = |kind: u32| {
+            let mut attr = Vec::new();
+            Attr { mode: kind, ..Attr::default() }.put(&mut attr);
+            assert_eq!(attr.bytes(&[]).len(), ATTR);
+            attr
+        };
+        told.tell(1, b"folder", 2, &attr(libc::S_IFDIR));
+        told.tell(1, b"none", 0, &attr(0));
+        assert!((told.count(), lock(&told.names).len()) == (1, 0));
+        (3..30).for_each(|node| told.tell(1, b"file", node, &attr(libc::S_IFREG)));
+        assert_eq!((told.count(), lock(&told.names).len()), (28, 27));
+        told.forgotten(28);
+        told.tell(1, b"file", 30, &attr(libc::S_IFREG));
+        assert_eq!((told.count(), lock(&told.names).len()), (1, 8), "names of what was forgotten");
+    }
+}
