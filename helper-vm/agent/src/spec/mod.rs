@@ -201,7 +201,7 @@ mod tests {
         let with = |namespaces: &[&str]| {
             let mut value = base();
             value["linux"]["namespaces"] = namespaces.iter().map(|typ| json!({ "type": typ })).collect();
-            let mut spec = parse(&value).unwrap();
+            let mut spec: Spec = serde_json::from_value(value).unwrap();
             use_network(&mut spec, network);
             has_network(&spec)
         };
