@@ -1,7 +1,7 @@
 //! `vmctr commit` and `vmctr diff`: what a container changed, as an image that every runtime runs.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -13,6 +13,9 @@ use vmctr_tests::rig::vm::signal;
 
 const IMAGE: &str = "vmctr.test/committed:1";
 const SOON: Duration = Duration::from_secs(30);
+
+/// More than a commit copies to let the container go on early, and work for minutes at the highest level.
+const LARGE: &str = "head -c 100000000 /dev/urandom > /big";
 
 /// Changes of every kind that a layer can tell.
 const CHANGES: &str = "echo new > /new; echo more >> /etc/marker; rm /etc/group; rm -r /var/tmp; \
@@ -97,7 +100,7 @@ fn differences_are_listed_as_docker_lists_them() {
 fn what_stands_still_goes_on_also_when_the_committer_is_killed() {
     let rig = Rig::vmctr();
     let container = rig.container("beats").sh("while :; do echo x >> /beats; done").detached();
-    container.sh("head -c 60000000 /dev/urandom > /big").ok();
+    container.sh(LARGE).ok();
     let folder = rig.new_folder("out").join("oci");
     let output = format!("oci:{}", folder.display());
     let mut command = rig.vmctr_command();
@@ -111,6 +114,61 @@ fn what_stands_still_goes_on_also_when_the_committer_is_killed() {
     eventually("the container goes on", SOON, || beats() != before);
     container.kill("KILL").ok();
     container.wait_for("STOPPED");
+    container.remove();
+}
+
+#[test]
+fn a_container_that_went_on_too_early_gives_no_image() {
+    // The shim lets go of what is held by somebody who has not answered for so long.
+    const WATCHDOG: Duration = Duration::from_secs(90);
+    let rig = Rig::vmctr();
+    let container = rig.container("early").sh("while :; do echo x >> /beats; done").detached();
+    container.sh(LARGE).ok();
+    let folder = rig.new_folder("out").join("oci");
+    let output = format!("oci:{}", folder.display());
+    let mut command = rig.vmctr_command();
+    command.args(["commit", "--output", &output, "--compression", "zstd:19", container.id()]);
+    let committer = Running::start(&mut command);
+    eventually("the container stands still", SOON, || container.sh("true").errors().contains("commit"));
+    signal(committer.pid(), Signal::SIGSTOP);
+    eventually("the container goes on", WATCHDOG, || container.sh("true").code() == 0);
+    signal(committer.pid(), Signal::SIGCONT);
+    committer.finish().exits(125).fails_naming(&["too early"]);
+    let index = fs::read_to_string(folder.join("index.json")).unwrap_or_default();
+    assert!(!index.contains("digest"), "{index}");
+    container.kill("KILL").ok();
+    container.wait_for("STOPPED");
+    container.remove();
+}
+
+/// The folder that a commit works in.
+fn scratch_of(pid: u32) -> Option<PathBuf> {
+    let opened = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten();
+    let mut targets = opened.filter_map(|fd| fs::read_link(fd.path()).ok());
+    let target = targets.find(|target| target.to_string_lossy().starts_with("/var/tmp/vmctr-scratch-"))?;
+    Some(target.iter().take(4).collect())
+}
+
+#[test]
+fn what_a_killed_commit_left_goes_with_the_next_one() {
+    let rig = Rig::vmctr();
+    let container = rig.container("left").args(["/bin/sleep", "1000"]).detached();
+    container.sh("head -c 30000000 /dev/urandom > /big").ok();
+    let out = rig.new_folder("out");
+    let output = format!("oci:{}", out.join("killed").display());
+    let mut command = rig.vmctr_command();
+    command.args(["commit", "--compression", "zstd:19", "--output", &output, container.id()]);
+    let committer = Running::start(&mut command);
+    let mut left = None;
+    eventually("it works in a folder", SOON, || {
+        left = scratch_of(committer.pid());
+        left.is_some()
+    });
+    signal(committer.pid(), Signal::SIGKILL);
+    committer.finish();
+    let output = format!("oci:{}", out.join("next").display());
+    vmctr(&rig, &["commit", "--output", &output, container.id()]).ok();
+    assert!(!left.expect("just found").exists());
     container.remove();
 }
 
@@ -209,6 +267,8 @@ fn a_verified_commit_shows_what_the_guest_sees_in_every_store() {
         vec![],
         vec!["--timestamp", "1000000001"],
         vec!["--squash"],
+        vec!["--subtree", "/home"],
+        vec!["--subtree", "/etc/marker"],
         vec!["--output", &format!("oci:{}", at("layout"))],
         vec!["--output", &format!("oci-archive:{}", at("archive")), "--compression", "gzip"],
         vec!["--to-dir", &folder],
@@ -232,7 +292,8 @@ fn a_verification_finds_a_base_that_was_changed_behind_the_guests_back() {
     let container = rig
         .container_in(&root, "folder")
         .annotation("io.vmctr.upper-dir", upper.display())
-        .args(["/bin/sleep", "1000"])
+        // What a process has open, the guest keeps.
+        .sh("exec 3< /etc/marker; exec sleep 1000")
         .detached();
     container.sh("cat /etc/marker; echo new > /new").ok();
     // Of the same length and time: the guest has no reason to read it again.
