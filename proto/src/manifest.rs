@@ -31,6 +31,10 @@ pub struct GuestManifest {
     pub initramfs: AssetFile,
     /// Version of the agent in the initramfs.
     pub agent_version: String,
+    /// The overlay of the guest was changed so that the other names of a file go on to work when one is removed.
+    /// Older manifests do not say so, and it was not.
+    #[serde(default)]
+    pub hard_links: bool,
     /// Modules in the order in which the agent loads them, without `.ko`.
     pub modules: Vec<String>,
 }

@@ -18,6 +18,7 @@ under_both_runtimes! {
     a_program_that_does_not_exist_is_named,
     the_root_is_the_images_and_can_be_written,
     a_read_only_root_cannot_be_written,
+    the_other_names_of_a_file_go_on_when_one_is_removed,
     devices_and_kernel_file_systems_are_there,
 }
 
@@ -31,6 +32,13 @@ fn output_and_exit_code_come_back(rig: &mut Rig) {
 fn arguments_arrive_unchanged(rig: &mut Rig) {
     let args = ["/bin/printf", "[%s]", "a b", "", "$HOME", "'\"\\", "ünï", "-x", "--"];
     rig.container("args").args(args).output().ok().prints("[a b][][$HOME]['\"\\][ünï][-x][--]");
+}
+
+/// As git does it with each of its objects.
+fn the_other_names_of_a_file_go_on_when_one_is_removed(rig: &mut Rig) {
+    let script = "mkdir /d; cd /d; echo kept > one; ln one two; cat two; rm one; cat two; echo new > one
+        mv one three; ln three four; mv two three; cat three four; rm three; cat four; ls; stat -c %h four";
+    rig.container("names").sh(script).output().ok().prints("kept\nkept\nkept\nnew\nnew\nfour\n1");
 }
 
 fn environment_and_working_directory_are_those_asked_for(rig: &mut Rig) {

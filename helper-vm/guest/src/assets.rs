@@ -214,6 +214,7 @@ mod tests {
             version: MANIFEST_VERSION,
             kernel_release: "6.12".to_owned(),
             kernel_source: "linux-image-6.12 6.12-1".to_owned(),
+            hard_links: true,
             kernel: describe(KERNEL_FILE, KERNEL),
             initramfs: describe(INITRAMFS_FILE, INITRAMFS),
             agent_version: "0.1.0".to_owned(),

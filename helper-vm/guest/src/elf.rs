@@ -1,10 +1,12 @@
 //! What is asked of ELF files here: is it for this machine, can QEMU enter it directly (PVH), does it
-//! need a dynamic loader, what does a section hold. Reading only; a damaged file is an error.
+//! need a dynamic loader, what does a section hold, where is a function. Reading only; a damaged file is an error.
+
+use std::ops::Range;
 
 use object::LittleEndian;
 use object::elf::{EM_X86_64, PT_INTERP};
 use object::read::elf::{ElfFile64, FileHeader, ProgramHeader};
-use object::{Object, ObjectSection};
+use object::{Object, ObjectSection, ObjectSymbol};
 
 /// Owner and type of the ELF note that carries the 32-bit entry point of PVH boot.
 /// Source: Xen's `include/public/elfnote.h`.
@@ -20,6 +22,15 @@ pub enum ElfError {
     /// It is for another machine.
     #[error("It is an ELF file for another machine (e_machine {0}), not for x86-64")]
     Machine(u16),
+}
+
+/// A function of a relocatable file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Function {
+    /// Its code, as offsets in the file.
+    pub bytes: Range<usize>,
+    /// Where the loader writes into it, from its beginning.
+    pub relocated: Vec<Range<usize>>,
 }
 
 /// An x86-64 ELF file.
@@ -50,6 +61,24 @@ impl<'a> Elf<'a> {
     /// It cannot run without a dynamic loader.
     pub fn has_interpreter(&self) -> bool {
         self.0.elf_program_headers().iter().any(|segment| segment.p_type(LittleEndian) == PT_INTERP)
+    }
+
+    /// The function called `name`, if there is one.
+    pub fn function(&self, name: &str) -> Result<Option<Function>, ElfError> {
+        let Some(symbol) = self.0.symbols().find(|symbol| symbol.name() == Ok(name)) else { return Ok(None) };
+        let Some(section) = symbol.section_index() else { return Ok(None) };
+        let section = self.0.section_by_index(section)?;
+        let Some((file, _)) = section.file_range() else { return Ok(None) };
+        let code = symbol.address()..symbol.address().saturating_add(symbol.size());
+        let at = |address: u64| usize::try_from(address).ok();
+        let within = section.relocations().filter(|(address, _)| code.contains(address));
+        let written = within.filter_map(|(address, relocation)| {
+            let start = at(address - code.start)?;
+            Some(start..start + usize::from(relocation.size()) / 8)
+        });
+        let relocated = written.collect();
+        let bounds = at(file.saturating_add(code.start)).zip(at(file.saturating_add(code.end)));
+        Ok(bounds.map(|(start, end)| Function { bytes: start..end, relocated }))
     }
 
     /// The bytes of the section called `name`, if there is one.

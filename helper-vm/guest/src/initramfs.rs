@@ -43,7 +43,11 @@ mod tests {
 
     #[test]
     fn the_archive_holds_the_agent_and_the_modules_in_order() {
-        let module = |name: &str, image: &[u8]| Module { name: name.to_owned(), image: image.to_vec() };
+        let module = |name: &str, image: &[u8]| Module {
+            name: name.to_owned(),
+            image: image.to_vec(),
+            trusts_names: false,
+        };
         let archive = pack(b"agent", &[module("vsock", b"v"), module("overlay", b"o")]).unwrap();
         let entries = read(&archive);
         let content = |name: &str| entries.iter().find(|entry| entry.name == name).unwrap().data.clone();

@@ -18,6 +18,7 @@ mod elf;
 mod initramfs;
 mod kernel;
 mod modules;
+mod overlay;
 mod signature;
 mod source;
 
@@ -116,6 +117,7 @@ pub fn build(request: &BuildRequest) -> Result<GuestManifest, BuildError> {
         kernel: assets::describe(assets::KERNEL_FILE, &kernel.image),
         initramfs: assets::describe(assets::INITRAMFS_FILE, &initramfs),
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        hard_links: modules.iter().any(|module| module.trusts_names),
         modules: modules.into_iter().map(|module| module.name).collect(),
     };
     store(&request.out, &manifest, &kernel.image, &initramfs)?;

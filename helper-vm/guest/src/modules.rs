@@ -11,6 +11,7 @@ use walkdir::WalkDir;
 
 use crate::decompress::{DecompressError, Format};
 use crate::elf::{Elf, ElfError};
+use crate::overlay;
 use crate::signature;
 
 /// Without these a guest cannot run a container: bus, share, union, link to the host.
@@ -95,6 +96,8 @@ pub struct Module {
     pub name: String,
     /// The unpacked file, without signature.
     pub image: Vec<u8>,
+    /// It is overlayfs, changed so that hard links work on a share.
+    pub trusts_names: bool,
 }
 
 /// The modules that the agent needs from `dir`, made for kernel `release`, dependencies first.
@@ -142,10 +145,11 @@ impl<'a> Tree<'a> {
                 release: self.release.to_owned(),
             });
         }
-        Ok(Loaded {
-            module: Module { name: name.to_owned(), image: signature::strip(&image).to_vec() },
-            depends: info.depends,
-        })
+        let mut image = signature::strip(&image).to_vec();
+        let trusts_names = name == overlay::MODULE
+            && overlay::trust_names(&mut image)
+                .map_err(|source| ModuleError::NoModule { path: path.clone(), source })?;
+        Ok(Loaded { module: Module { name: name.to_owned(), image, trusts_names }, depends: info.depends })
     }
 
     fn missing(&self, name: &str) -> ModuleError {

@@ -28,6 +28,7 @@ fn the_distributions_kernel_becomes_bootable_assets_and_twice_the_same() {
 
     assert!(manifest.kernel_source.contains(&manifest.kernel_release), "{manifest:?}");
     assert!(manifest.modules.contains(&"overlay".to_owned()), "{manifest:?}");
+    assert!(manifest.hard_links, "the kernel's overlay is not the one that is known");
     let last = ["vmw_vsock_virtio_transport", "virtio_balloon"].map(str::to_owned);
     assert!(manifest.modules.ends_with(&last), "{manifest:?}");
     let kernel = std::fs::read(dir.path().join(&manifest.kernel.file)).unwrap();

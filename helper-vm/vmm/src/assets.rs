@@ -252,6 +252,7 @@ mod tests {
             version: MANIFEST_VERSION,
             kernel_release: "6.12".into(),
             kernel_source: "test".into(),
+            hard_links: true,
             kernel: asset("vmlinux", kernel),
             initramfs: asset("initramfs.cpio", b"cpio"),
             agent_version: "0.1.0".into(),

@@ -32,7 +32,16 @@ fn text(dir: &Path, manifest: &GuestManifest) -> String {
         ("Initramfs", file(&manifest.initramfs)),
         ("Agent", manifest.agent_version.clone()),
         ("Modules", manifest.modules.join(" ")),
+        ("Hard links", hard_links(manifest.hard_links).to_owned()),
     ])
+}
+
+fn hard_links(work: bool) -> &'static str {
+    if work {
+        "work on shares (overlay changed)"
+    } else {
+        "fail with ESTALE on shares once one of a file's names is removed: this kernel's overlay is not known"
+    }
 }
 
 fn file(asset: &AssetFile) -> String {
