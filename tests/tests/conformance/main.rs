@@ -134,9 +134,6 @@ fn random_operations_give_what_a_kernel_overlay_gives() {
         let mut done = Vec::new();
         for number in 1..=STEPS {
             let (step, by_user) = steps::step().new_tree(&mut random).expect("no filter").current();
-            if is_beyond_the_guest(&step) {
-                continue;
-            }
             done.push(format!("{step:?}, by user: {by_user}"));
             let [one, other] = [&ours, &kernel].map(|root| outcome(root, &step, by_user));
             assert_eq!(one, other, "after {:#?}", &done[done.len().saturating_sub(40)..]);
@@ -149,12 +146,6 @@ fn random_operations_give_what_a_kernel_overlay_gives() {
         let upper = |side: &str| steps::tree(&pair.at(&format!("{side}/upper")), true);
         assert_eq!(upper("ours"), upper("kernel"));
     });
-}
-
-/// When one of a file's several names was exchanged or replaced and then removed, an overlay on a FUSE file system
-/// can lose sight of the others until it is mounted again; so does the guest's.
-fn is_beyond_the_guest(step: &steps::Step) -> bool {
-    matches!(step, steps::Step::Rename(_, _, 2) | steps::Step::Link(..))
 }
 
 fn outcome(root: &Path, step: &steps::Step, by_user: bool) -> String {

@@ -1,7 +1,6 @@
 //! ReadUpper and ReadMerged: folders of a container as archives: what it changed, when it keeps that in the
 //! guest, and its root as a whole.
 
-use std::fs;
 use std::io::{self, BufWriter, Write};
 use std::path::PathBuf;
 
@@ -36,19 +35,7 @@ pub async fn read_upper(guest: Handle, container: ContainerRef, host: UpperSende
 /// Sends the container's root, as an archive: the agent's own mount of it, on which nothing else is mounted.
 pub async fn read_merged(guest: Handle, container: ContainerRef, host: UpperSender) -> Result<()> {
     let (_, dir) = find(guest, container).await?;
-    blocking(forget_names).await?;
     send(dir.join(rootfs::ROOTFS), host).await
-}
-
-/// Lets overlays look again at what they remember.
-///
-/// An overlay's inode remembers the one name under which it found its file. Once that name is removed, the share,
-/// which checks a name that was removed before it is used again, says that it is gone, and the file's other names
-/// answer "stale", or are left out of listings, until they are forgotten: `echo > a; ln a b; cat b; rm a; cat b`.
-fn forget_names() -> Result<()> {
-    const NAMES_AND_INODES: &str = "2";
-    const DROP: &str = "/proc/sys/vm/drop_caches";
-    fs::write(DROP, NAMES_AND_INODES).map_err(|source| Error::Io(format!("writing {DROP}"), source))
 }
 
 async fn find(guest: Handle, container: ContainerRef) -> Result<(ContainerId, PathBuf)> {
