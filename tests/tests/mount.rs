@@ -252,8 +252,9 @@ fn when_the_container_ends_the_mount_fails_and_can_be_taken_away() {
     container.kill("KILL").ok();
     container.wait_for("STOPPED");
     eventually("the mount fails", SOON, || place.fails());
-    let view = place.view().expect("it is listed");
-    assert_eq!(view["state"], "lost");
+    let view = || place.view().expect("it is listed");
+    eventually("it is listed as lost", SOON, || view()["state"] == "lost");
+    let view = view();
     assert!(view["lost"].as_str().is_some_and(|why| why.contains("has ended")), "{view}");
     let process = place.process();
     run(Command::new("umount").arg(&place.dir)).ok();
