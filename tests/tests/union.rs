@@ -235,7 +235,7 @@ fn when_the_vm_is_killed_the_union_fails_at_once_and_can_be_mounted_again() {
     };
     eventually("the union fails", SOON, fails);
     assert!(killed.elapsed() < SOON);
-    assert_eq!(place.list()[0]["state"], "lost");
+    eventually("it is listed as lost", SOON, || place.list()[0]["state"] == "lost");
     place.umount();
     assert_eq!(place.text("upper/synced"), "kept\n");
     place.mount();

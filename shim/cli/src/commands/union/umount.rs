@@ -1,6 +1,7 @@
 //! `vmctr union umount` and `vmctr umount`: take the mount away and wait until its changes are on disk and its own VM
 //! is gone.
 
+use std::io;
 use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -18,6 +19,9 @@ use crate::failure::{Failure, Outcome, Verdict};
 /// As long as writing to disk may take.
 const PATIENCE: Duration = Duration::from_secs(330);
 const POLL: Duration = Duration::from_millis(20);
+
+/// A VM that starts copies the host's mounts and drops them: for that moment, each of them is busy.
+const BUSY_FOR_A_MOMENT: Duration = Duration::from_millis(300);
 
 /// Unmounts, and clears up after a process that was killed.
 pub fn run(config: &Config, args: &UnionUmount) -> Outcome {
@@ -40,10 +44,24 @@ pub fn run(config: &Config, args: &UnionUmount) -> Outcome {
     }
 }
 
+fn is_busy(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::BUSY.raw_os_error())
+}
+
+fn unmount_patiently(place: &Path, lazy: bool) -> io::Result<()> {
+    let until = Instant::now() + BUSY_FOR_A_MOMENT;
+    loop {
+        match unmount(place, lazy) {
+            Err(error) if is_busy(&error) && Instant::now() < until => sleep(POLL),
+            outcome => return outcome,
+        }
+    }
+}
+
 fn take_away(place: &Path, lazy: bool) -> Result<(), Failure> {
     let shown = place.display();
-    unmount(place, lazy).map_err(|error| {
-        let busy = error.raw_os_error() == Some(Errno::BUSY.raw_os_error());
+    unmount_patiently(place, lazy).map_err(|error| {
+        let busy = is_busy(&error);
         let failure = Failure::failed(anyhow!(error).context(format!("Cannot unmount {shown}")));
         if busy {
             failure.hint("`-l` takes it away now and ends it when nobody uses it any more")
