@@ -100,25 +100,27 @@ pub fn rollup(pid: u32, name: &str) -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// Proportional set size in bytes without memory files, which is what a VM's RAM is.
-pub fn pss_beside_memfds(pid: u32) -> Option<u64> {
-    Some(pss_without(&fs::read_to_string(of(pid).join("smaps")).ok()?, MEMFD))
+/// Proportional set size in bytes without a VM's RAM.
+pub fn pss_beside_ram(pid: u32) -> Option<u64> {
+    Some(pss_without(&fs::read_to_string(of(pid).join("smaps")).ok()?, is_ram))
 }
 
-/// Bytes that a process's memory files really take.
-pub fn memfd_bytes(pid: u32) -> u64 {
+/// Bytes that the files of a VM's RAM, which a process has open, really take.
+pub fn ram_bytes(pid: u32) -> u64 {
     const BLOCK: u64 = 512;
     let files = fs::read_dir(of(pid).join("fd")).into_iter().flatten().flatten().map(|entry| entry.path());
-    let memfds =
-        files.filter(|file| fs::read_link(file).is_ok_and(|path| path.to_string_lossy().starts_with(MEMFD)));
-    memfds.filter_map(|file| fs::metadata(file).ok()).map(|meta| meta.blocks() * BLOCK).sum()
+    let ram = files.filter(|file| fs::read_link(file).is_ok_and(|path| is_ram(&path.to_string_lossy())));
+    ram.filter_map(|file| fs::metadata(file).ok()).map(|meta| meta.blocks() * BLOCK).sum()
 }
 
-/// How the kernel names memory files in smaps and in links to them.
-const MEMFD: &str = "/memfd:";
+/// Whether a file is a VM's RAM, by its name in smaps and in links to it: a memory file, or, in a VM that was
+/// restored, one of a mount that only its QEMU has.
+fn is_ram(name: &str) -> bool {
+    name.starts_with("/memfd:") || name.trim_end_matches(" (deleted)").ends_with("/ram")
+}
 
 /// From smaps: a line for each mapping, its figures below it.
-fn pss_without(smaps: &str, prefix: &str) -> u64 {
+fn pss_without(smaps: &str, left_out: fn(&str) -> bool) -> u64 {
     let (mut sum, mut counts) = (0, true);
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
@@ -128,7 +130,7 @@ fn pss_without(smaps: &str, prefix: &str) -> u64 {
             }
             // 7f00-7fff rw-s 00000000 00:01 1034 /memfd:name (deleted)
             Some(word) if !word.ends_with(':') => {
-                counts = !words.nth(4).is_some_and(|name| name.starts_with(prefix));
+                counts = !words.nth(4).is_some_and(left_out);
             }
             _ => {}
         }
@@ -170,10 +172,10 @@ mod tests {
                      7f0000002000-7f0000003000 rw-s 00000000 00:01 77                        /memfd:ram (deleted)\n\
                      Pss:  500 kB\nVmFlags: rd wr\n\
                      7f0000004000-7f0000005000 r--p 00000000 fe:00 88                        /usr/bin/x y\nPss: 2 kB\n";
-        assert_eq!(pss_without(smaps, MEMFD), 5 * 1024);
+        assert_eq!(pss_without(smaps, is_ram), 5 * 1024);
         let me = std::process::id();
-        assert!(pss_beside_memfds(me).unwrap() > 0);
-        assert_eq!(memfd_bytes(me), 0);
+        assert!(pss_beside_ram(me).unwrap() > 0);
+        assert_eq!(ram_bytes(me), 0);
     }
 
     #[test]

@@ -93,9 +93,9 @@ fn used(rig: &Rig, container: &Container) -> Used {
     let mut used = Used::default();
     for pid in family(shim(rig, container.id())) {
         let part = Part::of(&proc::program(pid));
-        *used.own.entry(part).or_default() += proc::pss_beside_memfds(pid).expect("it runs");
+        *used.own.entry(part).or_default() += proc::pss_beside_ram(pid).expect("it runs");
         if part == Part::Qemu {
-            used.ram += proc::memfd_bytes(pid);
+            used.ram += proc::ram_bytes(pid);
         }
     }
     used
