@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -446,8 +447,7 @@ fn locks_that_nobody_answers_can_be_interrupted() {
     let evil =
         |header: &InHeader, _: &[u8]| if header.opcode == op::SETLKW { Deed::Silence } else { Deed::Honest };
     under(evil, |victim| {
-        let mut child =
-            std::process::Command::new("flock").arg(victim.path("file")).arg("true").spawn().unwrap();
+        let mut child = Command::new("flock").arg(victim.path("file")).arg("true").spawn().unwrap();
         std::thread::sleep(Duration::from_millis(300));
         assert_eq!(child.try_wait().unwrap(), None, "flock did not wait");
         let started = Instant::now();

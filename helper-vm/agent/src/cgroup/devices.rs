@@ -15,8 +15,8 @@
 //! in their rules: the last program stays loaded, in a template's memory too.
 
 use std::io;
-use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use libcontainer::oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 
@@ -107,18 +107,27 @@ pub fn program(rules: &[LinuxDeviceCgroup], nodes: &[LinuxDevice]) -> Result<Vec
     Ok(program)
 }
 
-/// The program as the kernel has it, loaded unless it is the same as the last one.
-pub fn loaded(program: Vec<Instruction>) -> io::Result<Arc<OwnedFd>> {
-    static LAST: Mutex<Option<(Vec<Instruction>, Arc<OwnedFd>)>> = Mutex::new(None);
-    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((same, loaded)) = &*last
-        && *same == program
-    {
-        return Ok(loaded.clone());
+/// A program that the kernel has checked and compiled.
+#[derive(Debug)]
+pub struct Loaded {
+    program: Vec<Instruction>,
+    file: OwnedFd,
+}
+
+impl Loaded {
+    /// The `last` one if that is the same program, else a new one.
+    pub fn of(program: Vec<Instruction>, last: Option<Arc<Self>>) -> io::Result<Arc<Self>> {
+        match last.filter(|last| last.program == program) {
+            Some(last) => Ok(last),
+            None => Ok(Arc::new(Self { file: load_device_program(&program)?, program })),
+        }
     }
-    let loaded = Arc::new(load_device_program(&program)?);
-    *last = Some((program, loaded.clone()));
-    Ok(loaded)
+}
+
+impl AsFd for Loaded {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
 }
 
 const fn instruction(code: u8, target: u8, source: u8, offset: i16, immediate: i32) -> Instruction {

@@ -18,12 +18,15 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use libcontainer::oci_spec::runtime::{Linux, LinuxResources};
 use rustix::process::Pid;
 
 use crate::sys::{self, Signal};
+
+pub use devices::Loaded as DeviceProgram;
 
 /// Mount point of cgroup2.
 pub const ROOT: &str = "/sys/fs/cgroup";
@@ -82,14 +85,22 @@ impl Cgroup {
         }
     }
 
-    /// Restricts devices as the spec says; nodes that it lists can be used.
-    pub fn restrict_devices(&self, linux: &Linux) -> Result<()> {
+    /// Restricts devices as the spec says; nodes that it lists can be used. `last` is what the call before
+    /// returned.
+    pub fn restrict_devices(
+        &self,
+        linux: &Linux,
+        last: Option<Arc<DeviceProgram>>,
+    ) -> Result<Arc<DeviceProgram>> {
         let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_deref());
         let program =
             devices::program(rules.unwrap_or_default(), linux.devices().as_deref().unwrap_or_default())?;
-        File::open(&self.dir)
-            .and_then(|group| sys::attach_device_program(group.as_fd(), devices::loaded(program)?.as_fd()))
-            .map_err(|source| Error::File { path: self.dir.clone(), source })
+        let attach = |program: Arc<DeviceProgram>| {
+            sys::attach_device_program(File::open(&self.dir)?.as_fd(), program.as_fd())?;
+            Ok(program)
+        };
+        let attached = DeviceProgram::of(program, last).and_then(attach);
+        attached.map_err(|source| Error::File { path: self.dir.clone(), source })
     }
 
     /// The file whose changes announce an OOM kill.

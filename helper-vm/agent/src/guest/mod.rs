@@ -15,12 +15,14 @@ mod oom;
 mod reaper;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use rustix::process::Pid;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use vmctr_proto::agent::{ExitEvent, OomEvent, ProcessRef, event};
 
+use crate::cgroup::DeviceProgram;
 use crate::ids::{ContainerId, ProcessId};
 use crate::network::Network;
 use crate::stdio::Streams;
@@ -79,6 +81,8 @@ pub struct Guest {
     pub share: Option<String>,
     /// For the next container that wants one of its own.
     pub network: Option<Network>,
+    /// Of the last container. The next one rarely has another.
+    pub devices: Option<Arc<DeviceProgram>>,
     /// Containers ever created: names directories and groups.
     created: u64,
     oom: oom::Watch,
@@ -107,6 +111,7 @@ impl Guest {
             reaper: Reaper::default(),
             share: None,
             network: None,
+            devices: None,
             created: 0,
             oom,
         }

@@ -61,11 +61,13 @@ async fn build(
     let place = Place { cgroup: &cgroup, terminal: numbers.terminal, cpus: cpus() };
     let mut spec = spec::container(&request.spec, &place)?;
     // Kept until the container is in it.
-    let network = guest.call(|guest| guest.network.take()).await;
+    let (network, last) = guest.call(|guest| (guest.network.take(), guest.devices.clone())).await;
     spec::use_network(&mut spec, || network.as_ref().map(Network::path));
     write_bundle(name, &spec, request.root.as_ref())?;
     cgroup.create()?;
-    cgroup.restrict_devices(spec.linux().as_ref().ok_or(spec::Error::Missing("linux"))?)?;
+    let linux = spec.linux().as_ref().ok_or(spec::Error::Missing("linux"))?;
+    let devices = cgroup.restrict_devices(linux, last)?;
+    guest.call(|guest| guest.devices = Some(devices)).await;
     let process = spec.process().as_ref().ok_or(spec::Error::Missing("process"))?;
     let names = Names { container: name.to_owned(), process: INIT.to_owned() };
     let host = claim.fulfilled().await?;
