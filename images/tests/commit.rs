@@ -205,6 +205,27 @@ fn a_verification_finds_what_differs() {
     assert_eq!(paths, ["/", "/big", "/extra", "/second"], "{}", show(&found));
 }
 
+/// GNU tar and the guest's archive say a file's attributes with its first name only.
+#[test]
+fn a_verification_asks_for_attributes_once_for_all_names_of_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("lower");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("a"), "content").unwrap();
+    lsetxattr(folder.join("a"), "user.a", b"1", XattrFlags::empty()).unwrap();
+    fs::hard_link(folder.join("a"), folder.join("b")).unwrap();
+    let file = dir.path().join("everything");
+    let mut tar = Command::new("tar");
+    tar.args(["--create", "--format=posix", "--sort=name", "--xattrs", "--numeric-owner"]);
+    tar.arg("--file").arg(&file).arg("--directory").arg(&folder).arg(".");
+    assert!(tar.status().unwrap().success());
+    let layers = layers(&[folder.clone()]);
+    assert_eq!(compare(tree(&layers), stream(&file), 10).unwrap(), []);
+    lsetxattr(folder.join("b"), "user.a", b"2", XattrFlags::empty()).unwrap();
+    let found = compare(tree(&layers), stream(&file), 10).unwrap();
+    assert_eq!(show(&found), "  /a: attributes differ: user.a\n");
+}
+
 /// Ours, GNU tar and the `tar` crate read the same names, kinds, sizes and contents.
 #[test]
 fn parsers_agree_on_what_we_write() {

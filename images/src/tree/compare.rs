@@ -224,7 +224,7 @@ fn next_of_walk(walk: &mut Walk<'_>, within: &TreePath) -> Result<Option<Seen>, 
             EntryKind::Block(device) => Kind::Block(device),
             EntryKind::Fifo => Kind::Fifo,
         };
-        return Ok(Some(Seen { path: change.path, meta: entry.meta, xattrs: entry.xattrs, kind }));
+        return Ok(Some(Seen::new(change.path, entry.meta, entry.xattrs, kind)));
     }
     Ok(None)
 }
@@ -253,10 +253,16 @@ fn next_of_stream<R: Read>(
         // A merged view has neither; a file with such a name cannot be told from one.
         ItemKind::Whiteout | ItemKind::Opaque => return Err(CompareError::Unordered(path)),
     };
-    Ok(Some(Seen { path, meta, xattrs, kind }))
+    Ok(Some(Seen::new(path, meta, xattrs, kind)))
 }
 
 impl Seen {
+    /// A further name of a file has the attributes of its first: a stream tells them there only.
+    fn new(path: TreePath, meta: Meta, xattrs: Xattrs, kind: Kind) -> Self {
+        let xattrs = if matches!(kind, Kind::Link(_)) { Xattrs::new() } else { xattrs };
+        Self { path, meta, xattrs, kind }
+    }
+
     fn difference(&self, should: &Self) -> Result<Option<Difference>, CompareError> {
         let path = &self.path;
         let how = if !self.kind.same_shape(&should.kind) {
