@@ -219,7 +219,7 @@ fn a_verification_asks_for_attributes_once_for_all_names_of_a_file() {
     tar.args(["--create", "--format=posix", "--sort=name", "--xattrs", "--numeric-owner"]);
     tar.arg("--file").arg(&file).arg("--directory").arg(&folder).arg(".");
     assert!(tar.status().unwrap().success());
-    let layers = layers(&[folder.clone()]);
+    let layers = layers(std::slice::from_ref(&folder));
     assert_eq!(compare(tree(&layers), stream(&file), 10).unwrap(), []);
     lsetxattr(folder.join("b"), "user.a", b"2", XattrFlags::empty()).unwrap();
     let found = compare(tree(&layers), stream(&file), 10).unwrap();
