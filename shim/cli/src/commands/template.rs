@@ -69,7 +69,7 @@ impl View {
         let memory = self.memory_mib.map(|mib| output::bytes(u64::from(mib) << 20));
         let state = match (self.current, self.memory_mib) {
             (true, _) => "usable",
-            (false, Some(_)) => "of an earlier boot",
+            (false, Some(_)) => "of another boot",
             (false, None) => "damaged",
         };
         vec![
