@@ -30,7 +30,7 @@ use std::io;
 use std::path::PathBuf;
 
 pub use key::Key;
-pub use make::{Maker, make};
+pub use make::{Maker, make, make_or_wait};
 pub use store::{Entry, Store, Template};
 
 use crate::qmp::QmpError;
