@@ -7,7 +7,7 @@
 //! run_dir = "/run/vmctr"               # one directory per VM lives here
 //! guest_dir = "/usr/share/vmctr/guest" # guest kernel and initramfs; default: looked for, see `assets`
 //! qemu = "/usr/bin/qemu-system-x86_64" # default: looked for in PATH
-//! template_dir = "/run/vmctr/templates" # some 60 MiB per shape of VM; default: `templates` in `run_dir`
+//! template_dir = "/run/vmctr/templates" # some 75 MiB per shape of VM; default: `templates` in `run_dir`
 //!
 //! [vm]
 //! memory = "512MiB"            # of a container without a memory limit

@@ -36,7 +36,7 @@ const LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// is no template. They go when nobody has touched them for so long.
 const STALE: Duration = Duration::from_secs(24 * 3600);
 
-/// Templates that are kept: each is some 60 MiB, and hosts rarely run more shapes of VMs.
+/// Templates that are kept: each is some 75 MiB, and hosts rarely run more shapes of VMs.
 const KEPT: usize = 4;
 
 /// The template directory.
