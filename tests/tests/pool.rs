@@ -107,6 +107,46 @@ fn when_the_pool_is_killed_vms_that_wait_end_and_those_taken_live_on() {
     drop(again);
 }
 
+/// Neither the pool nor a member answers; what they are asked for they see when nobody wants it any more.
+#[test]
+fn a_pool_that_hangs_holds_no_container_up_and_gives_no_vm_away_for_nothing() {
+    let rig = rig(1);
+    let pool = pool(&rig);
+    let waits = filled(&rig, 1);
+    signal(pool.pid(), Signal::SIGSTOP);
+    let one = idle(&rig, "one");
+    assert!(!is_from_pool(&rig, one.id()));
+    one.remove();
+    signal(pool.pid(), Signal::SIGCONT);
+    assert_eq!(filled(&rig, 1), waits, "the VM was given to a container that has gone");
+
+    let member = number(&list(&rig)[0]["pid"]);
+    signal(member, Signal::SIGSTOP);
+    let two = idle(&rig, "two");
+    assert!(!is_from_pool(&rig, two.id()));
+    two.remove();
+    signal(member, Signal::SIGCONT);
+    eventually("the member that was late ends", TIME_LIMIT, || !proc::is_alive(member));
+    filled(&rig, 1);
+    let three = idle(&rig, "three");
+    assert!(is_from_pool(&rig, three.id()));
+    three.remove();
+    drop(pool);
+}
+
+#[test]
+fn members_of_a_new_pool_wait_for_one_template() {
+    let rig = rig(2);
+    let mut command = rig.vmctr_command();
+    let log = rig.folder().join("pool.log");
+    command.args(["pool", "run"]).stdin(Stdio::null()).stdout(Stdio::null());
+    let mut pool = command.stderr(std::fs::File::create(&log).expect("writable")).spawn().expect("it starts");
+    filled(&rig, 2);
+    assert_eq!(std::fs::read_to_string(&log).expect("readable"), "");
+    pool.kill().expect("it runs");
+    pool.wait().expect("it was killed");
+}
+
 #[test]
 fn a_vm_that_dies_while_it_waits_is_replaced_and_reported() {
     let rig = rig(1);
@@ -165,5 +205,8 @@ fn a_pool_that_cannot_be_says_why() {
     });
     std::fs::write(&file, "[pool]\nsize = 0\n").expect("writable");
     run(rig.vmctr_command().args(["pool", "run"])).exits(125).fails_naming(&["pool.size"]);
+    std::fs::write(&file, "[pool]\nsize = 2\nmemory = \"500MiB\"\n").expect("writable");
+    let named = ["pool.memory is 500MiB", "512MiB"];
+    run(rig.vmctr_command().args(["pool", "run"])).exits(125).fails_naming(&named);
     drop(pool);
 }

@@ -7,7 +7,7 @@
 //! run_dir = "/run/vmctr"               # one directory per VM lives here
 //! guest_dir = "/usr/share/vmctr/guest" # guest kernel and initramfs; default: looked for, see `assets`
 //! qemu = "/usr/bin/qemu-system-x86_64" # default: looked for in PATH
-//! template_dir = "/run/vmctr/templates" # some 60 MiB per shape of VM; default: `templates` in `run_dir`
+//! template_dir = "/run/vmctr/templates" # some 75 MiB per shape of VM; default: `templates` in `run_dir`
 //!
 //! [vm]
 //! memory = "512MiB"            # of a container without a memory limit
@@ -50,7 +50,7 @@ pub const CONFIG_FILE: &str = "/etc/vmctr/config.toml";
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// Where the directory of each VM lives.
-    #[serde(deserialize_with = "absolute")]
+    #[serde(deserialize_with = "run_dir")]
     pub run_dir: PathBuf,
     /// Directory of the guest's kernel and initramfs.
     #[serde(deserialize_with = "absolute_option")]
@@ -59,7 +59,7 @@ pub struct Config {
     #[serde(deserialize_with = "absolute_option")]
     pub qemu: Option<PathBuf>,
     /// Directory of the templates.
-    #[serde(deserialize_with = "absolute_option")]
+    #[serde(deserialize_with = "template_dir")]
     pub template_dir: Option<PathBuf>,
     /// What a VM gets when the container asks for nothing else.
     pub vm: VmDefaults,
@@ -341,6 +341,28 @@ fn absolute<'de, D: Deserializer<'de>>(value: D) -> Result<PathBuf, D::Error> {
     }
 }
 
+/// The longest path of a socket below each folder, which the kernel limits.
+const BELOW_RUN_DIR: &str = "/templates/run/0123456789abcdef/vhost-vsock.sock";
+const BELOW_TEMPLATE_DIR: &str = "/run/0123456789abcdef/vhost-vsock.sock";
+
+fn run_dir<'de, D: Deserializer<'de>>(value: D) -> Result<PathBuf, D::Error> {
+    with_room_for(BELOW_RUN_DIR, absolute(value)?)
+}
+
+fn template_dir<'de, D: Deserializer<'de>>(value: D) -> Result<Option<PathBuf>, D::Error> {
+    with_room_for(BELOW_TEMPLATE_DIR, absolute(value)?).map(Some)
+}
+
+fn with_room_for<E: serde::de::Error>(below: &str, dir: PathBuf) -> Result<PathBuf, E> {
+    /// `sun_path` of unix(7), without the zero at its end.
+    const SOCKET_PATH: usize = 107;
+    let limit = SOCKET_PATH - below.len();
+    if dir.as_os_str().len() <= limit {
+        return Ok(dir);
+    }
+    Err(E::custom(format!("{} is too long for the sockets in it: use at most {limit} bytes", dir.display())))
+}
+
 fn absolute_option<'de, D: Deserializer<'de>>(value: D) -> Result<Option<PathBuf>, D::Error> {
     absolute(value).map(Some)
 }
@@ -355,6 +377,19 @@ mod tests {
 
     fn refusal(text: &str) -> String {
         parse(text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn folders_leave_room_for_the_paths_of_sockets() {
+        let dir = |length: usize| format!("/{}", "x".repeat(length - 1));
+        for (key, limit) in [("run_dir", 59), ("template_dir", 69)] {
+            parse(&format!("{key} = {:?}", dir(limit))).unwrap();
+            let refusal = refusal(&format!("{key} = {:?}", dir(limit + 1)));
+            assert!(
+                refusal.contains(&format!("use at most {limit} bytes")) && refusal.contains(key),
+                "{refusal}"
+            );
+        }
     }
 
     #[test]

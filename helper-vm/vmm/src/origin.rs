@@ -87,9 +87,12 @@ impl Origins {
         self.template.is_some()
     }
 
-    /// The template did not work.
+    /// The template did not work. Where QEMU was not even started, that is not the template's fault.
     pub async fn discard(&self, error: &VmError) {
         warn!("The VM boots instead of being restored: {}", error_chain(error));
+        if error.is_the_hosts() {
+            return;
+        }
         let (Some(key), store) = (self.key.clone(), self.store.clone()) else { return };
         let removed = spawn_blocking(move || store.remove(&key));
         if let Ok(Err(error)) = removed.await {

@@ -22,7 +22,7 @@ use vmctr_vmm::config::{Config, JailConfig};
 use vmctr_vmm::error_chain;
 use vmctr_vmm::qemu::Qemu;
 use vmctr_vmm::spec::{Machine, VmSpec};
-use vmctr_vmm::template::{Key, Maker, Store, TemplateError, make};
+use vmctr_vmm::template::{Key, Maker, Store, TemplateError, make, make_or_wait};
 use vmctr_vmm::vm::{Origin, Phase, Vm, VmStart, VmState};
 
 /// One VM at a time, as the tests look at the process's children.
@@ -212,6 +212,9 @@ async fn one_maker_at_a_time_and_a_dead_one_leaves_nothing_that_matters() {
     .unwrap();
     assert!(store.is_being_made(&key));
     assert!(matches!(make(&maker, &store).await, Err(TemplateError::Busy(busy)) if busy == key));
+    let hurried = Maker { boot_timeout: Duration::ZERO, ..maker.clone() };
+    let waits = tokio::time::timeout(Duration::from_secs(1), make_or_wait(&hurried, &store));
+    assert!(waits.await.is_err(), "it does not wait for the other one");
 
     // Killed in the middle: the lock is free, the half-made template has no name.
     first.abort();

@@ -38,6 +38,12 @@ use crate::vm::{Attempt, Job, Launch, Origin, Phase, Vm, VmError, VmStart, VmSta
 /// freed since the boot, which is then not part of the template.
 const SETTLE: Duration = Duration::from_secs(5);
 
+/// How long a maker may take for all but the VMs' starts.
+const WRITING: Duration = Duration::from_secs(60);
+
+/// How often one looks whether another maker is done.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
 /// What [`make`] needs.
 #[derive(Clone, Debug)]
 pub struct Maker {
@@ -76,6 +82,21 @@ pub async fn make(maker: &Maker, store: &Store) -> Result<Key, TemplateError> {
     drop(lock);
     store.prune(&key)?;
     Ok(key)
+}
+
+/// As [`make`], but waits while another process makes it.
+///
+/// # Errors
+/// As for [`make`]; that another process makes it only if it takes longer than one should.
+pub async fn make_or_wait(maker: &Maker, store: &Store) -> Result<Key, TemplateError> {
+    // It boots one VM and restores another.
+    let deadline = Instant::now() + 2 * maker.boot_timeout + WRITING;
+    loop {
+        match make(maker, store).await {
+            Err(TemplateError::Busy(_)) if Instant::now() < deadline => sleep(LOOK_AGAIN).await,
+            done => return done,
+        }
+    }
 }
 
 async fn make_in(maker: &Maker, store: &Store, key: &Key, fresh: &Path) -> Result<(), TemplateError> {

@@ -8,7 +8,8 @@
 //!       state                 the devices, as QEMU writes them
 //!       ram                   the guest's memory without what is zero; see `ram`
 //!     KEY.lock                held by whoever makes or removes KEY, freed by the kernel however that ends
-//!     KEY.new/                what a maker fills; the next holder of the lock removes what a killed one left
+//!     KEY.new/                what a maker fills; the next holder of the lock removes what a killed one left, or
+//!                             after a day any maker, as the host's next boot has other keys
 //!     KEY.log                 what the last maker in the background had to say
 //!     run/                    run directories of VMs that become templates
 //! ```
@@ -29,7 +30,7 @@ use std::io;
 use std::path::PathBuf;
 
 pub use key::Key;
-pub use make::{Maker, make};
+pub use make::{Maker, make, make_or_wait};
 pub use store::{Entry, Store, Template};
 
 use crate::qmp::QmpError;

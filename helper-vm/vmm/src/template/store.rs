@@ -1,5 +1,6 @@
 //! The template directory: finding, opening, listing, removing. See the module for its layout.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
@@ -31,7 +32,11 @@ const RETRY: Duration = Duration::from_secs(600);
 const LOCK_ATTEMPTS: u32 = 10;
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
-/// Templates that are kept: each is some 60 MiB, and hosts rarely run more shapes of VMs.
+/// What this boot of the host cannot use may be another host's, which shares the folder; and a log tells why there
+/// is no template. They go when nobody has touched them for so long.
+const STALE: Duration = Duration::from_secs(24 * 3600);
+
+/// Templates that are kept: each is some 75 MiB, and hosts rarely run more shapes of VMs.
 const KEPT: usize = 4;
 
 /// The template directory.
@@ -143,18 +148,24 @@ impl Store {
     /// # Errors
     /// A file cannot be removed, or another process is making this very template.
     pub fn remove(&self, key: &Key) -> Result<bool, TemplateError> {
-        let path = self.path(key);
-        if !path.exists() {
-            return Ok(false);
+        let there = self.path(key).exists();
+        if there {
+            self.clear(key)?;
         }
+        Ok(there)
+    }
+
+    /// Removes all that has this name.
+    fn clear(&self, key: &Key) -> Result<(), TemplateError> {
         let _lock = self.lock(key)?;
-        remove_tree(&path)?;
+        remove_tree(&self.path(key))?;
+        remove_tree(&self.fresh_path(key))?;
         // While it is held, so that nobody waits for a file that is gone.
         for file in [self.log_path(key), self.lock_path(key)] {
             // Nothing but a name is left then.
             let _ = fs::remove_file(file);
         }
-        Ok(true)
+        Ok(())
     }
 
     /// Where a maker in the background writes what it has to say.
@@ -167,22 +178,38 @@ impl Store {
         made.map_err(TemplateError::io("create", &path))
     }
 
-    /// Removes templates of earlier boots of the host and the least used ones above the number that is kept,
-    /// but never `keep`.
+    /// Removes the least used templates above the number that is kept, but never `keep`, and what has become
+    /// stale: templates of other boots, and what killed makers left.
     pub(super) fn prune(&self, keep: &Key) -> Result<(), TemplateError> {
         let mut others = self.list()?;
         others.retain(|entry| entry.key != *keep);
         others.sort_by_key(|entry| std::cmp::Reverse(entry.used));
-        for (place, entry) in others.iter().enumerate() {
-            if !entry.current || place + 1 >= KEPT {
-                match self.remove(&entry.key) {
-                    // Whoever makes it anew replaces it.
-                    Ok(_) | Err(TemplateError::Busy(_)) => {}
-                    Err(error) => return Err(error),
-                }
+        let (ours, foreign): (Vec<_>, Vec<_>) = others.into_iter().partition(|entry| entry.current);
+        let surplus = ours.into_iter().skip(KEPT - 1);
+        let stale = foreign.into_iter().filter(|entry| is_stale(entry.used));
+        for key in surplus.chain(stale).map(|entry| entry.key).chain(self.remains()?) {
+            match self.clear(&key) {
+                // Whoever makes it anew replaces it.
+                Ok(()) | Err(TemplateError::Busy(_)) => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(())
+    }
+
+    /// Keys of which there is no template, but for long what a maker needs that was killed or has failed.
+    fn remains(&self) -> Result<BTreeSet<Key>, TemplateError> {
+        let mut newest = BTreeMap::new();
+        for entry in fs::read_dir(&self.dir).map_err(TemplateError::io("list", &self.dir))?.flatten() {
+            let name = entry.file_name();
+            let key = name.to_str().and_then(|name| name.split_once('.')?.0.parse::<Key>().ok());
+            if let (Some(key), Ok(time)) = (key, entry.metadata().and_then(|entry| entry.modified())) {
+                let newest = newest.entry(key).or_insert(time);
+                *newest = time.max(*newest);
+            }
+        }
+        newest.retain(|key, time| is_stale(*time) && !self.path(key).exists());
+        Ok(newest.into_keys().collect())
     }
 
     /// Whether some process is making this template.
@@ -224,7 +251,7 @@ impl Store {
 
     /// An empty directory for the holder of the lock to fill.
     pub(super) fn fresh(&self, key: &Key, _lock: &Lock) -> Result<PathBuf, TemplateError> {
-        let path = self.dir.join(format!("{key}.new"));
+        let path = self.fresh_path(key);
         remove_tree(&path)?;
         DirBuilder::new().mode(0o700).create(&path).map_err(TemplateError::io("create", &path))?;
         Ok(path)
@@ -240,6 +267,10 @@ impl Store {
 
     fn create_dir(&self) -> io::Result<()> {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)
+    }
+
+    fn fresh_path(&self, key: &Key) -> PathBuf {
+        self.dir.join(format!("{key}.new"))
     }
 
     fn log_path(&self, key: &Key) -> PathBuf {
@@ -320,6 +351,10 @@ impl Template {
     }
 }
 
+fn is_stale(time: SystemTime) -> bool {
+    time.elapsed().is_ok_and(|age| age > STALE)
+}
+
 fn read_manifest(path: &Path, key: &Key) -> Result<Manifest, TemplateError> {
     let bytes = read_file(&path.join(MANIFEST), SIZE_LIMIT)?;
     let manifest = Manifest::decode(&bytes).map_err(|what| TemplateError::damaged(path, what))?;
@@ -390,5 +425,43 @@ mod tests {
         drop(lock);
         assert!(!store.is_being_made(&key));
         looker.join().unwrap();
+    }
+    /// What other hosts use stays; what nobody uses goes, whoever left it.
+    #[test]
+    fn only_what_nobody_has_touched_for_long_is_swept_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, new) = (SystemTime::now() - STALE * 2, SystemTime::now());
+        for (name, time) in [
+            ("0000000000000001", old),
+            ("0000000000000001.lock", new),
+            ("0000000000000002", new),
+            ("0000000000000003.new", old),
+            ("0000000000000003.lock", old),
+            ("0000000000000003.log", old),
+            ("0000000000000004.new", old),
+            ("0000000000000004.lock", new),
+            ("0000000000000005.new", old),
+            ("0000000000000005.lock", old),
+            ("notes.txt", old),
+        ] {
+            let path = dir.path().join(name);
+            fs::create_dir(&path).unwrap();
+            if name.ends_with("lock") || name.ends_with("log") || name.ends_with("txt") {
+                fs::remove_dir(&path).unwrap();
+                fs::write(&path, "").unwrap();
+            }
+            File::open(&path).unwrap().set_modified(time).unwrap();
+        }
+        let store = store(dir.path());
+        let being_made = store.lock(&"0000000000000005".parse().unwrap()).unwrap();
+        store.prune(&KEY.parse().unwrap()).unwrap();
+        drop(being_made);
+        let entries = fs::read_dir(dir.path()).unwrap();
+        let mut left: Vec<_> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        left.sort();
+        let two = ["0000000000000002", "0000000000000004.lock", "0000000000000004.new"];
+        let rest = ["0000000000000005.lock", "0000000000000005.new", "notes.txt"];
+        assert_eq!(left, [two, rest].concat());
     }
 }

@@ -167,13 +167,9 @@ impl Driver {
         let next = self.state.borrow().to(VmState::Running)?;
         running.qmp.cont().await?;
         move_to(&self.state, next)?;
-        // The guest's clock stood still. A guest that does not listen keeps the wrong time, no more.
-        match timeout(CLOCK_LIMIT, hello(&mut running.agent)).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => tracing::warn!("Cannot set the guest's clock: {}", error_chain(&error)),
-            Err(_) => tracing::warn!("The guest did not set its clock within {} s", CLOCK_LIMIT.as_secs()),
-        }
-        Ok(())
+        // The guest's clock stood still, maybe for days.
+        let told = timeout(CLOCK_LIMIT, hello(&mut running.agent)).await;
+        told.map_err(|_| VmError::Clock(CLOCK_LIMIT))?.map(drop)
     }
 
     fn fail(&self, error: &VmError) {

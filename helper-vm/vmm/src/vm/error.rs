@@ -97,6 +97,9 @@ pub enum VmError {
         /// The console's end.
         last_words: Option<String>,
     },
+    /// A VM that goes on does not know how late it is.
+    #[error("The guest did not set its clock within {} s", .0.as_secs())]
+    Clock(Duration),
     /// The template cannot be used.
     #[error("Cannot restore the VM")]
     Template(#[source] Box<TemplateError>),

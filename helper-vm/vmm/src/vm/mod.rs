@@ -197,7 +197,8 @@ impl Vm {
     /// Lets the guest's CPUs run again and tells the guest how late it is.
     ///
     /// # Errors
-    /// Not paused, or QEMU does not obey.
+    /// Not paused, QEMU does not obey, or the guest does not take the time and the seed: it runs then, with a clock
+    /// that is late.
     pub async fn resume(&self) -> Result<(), VmError> {
         self.request(Request::Resume).await
     }

@@ -11,7 +11,7 @@ use vmctr_vmm::assets::GuestAssets;
 use vmctr_vmm::config::Config;
 use vmctr_vmm::qemu::Qemu;
 use vmctr_vmm::spec::{Host, Limits, MEMORY_ANNOTATION, VCPUS_ANNOTATION, VmSpec};
-use vmctr_vmm::template::{Entry, Key, Maker, Store, make};
+use vmctr_vmm::template::{Entry, Key, Maker, Store, TemplateError, make, make_or_wait};
 
 use super::{Context, config};
 use crate::cli::{TemplateCreate, TemplateRm, TemplateVerb};
@@ -69,7 +69,7 @@ impl View {
         let memory = self.memory_mib.map(|mib| output::bytes(u64::from(mib) << 20));
         let state = match (self.current, self.memory_mib) {
             (true, _) => "usable",
-            (false, Some(_)) => "of an earlier boot",
+            (false, Some(_)) => "of another boot",
             (false, None) => "damaged",
         };
         vec![
@@ -98,7 +98,8 @@ fn list(context: &Context, store: &Store) -> Outcome {
 }
 
 async fn create(context: &Context, config: &Config, args: TemplateCreate) -> Outcome {
-    if args.background {
+    let background = args.background;
+    if background {
         // Already a session's leader, or not allowed: it works all the same.
         let _ = setsid();
         let _ = nice(BACKGROUND_NICE);
@@ -114,7 +115,13 @@ async fn create(context: &Context, config: &Config, args: TemplateCreate) -> Out
         jail: config.jail.clone(),
         boot_timeout: config.vm.boot_timeout_seconds.duration(),
     };
-    let key = make(&maker, &Store::new(config)).await?;
+    let store = Store::new(config);
+    let made = if background { make(&maker, &store).await } else { make_or_wait(&maker, &store).await };
+    let key = match made {
+        // Whoever makes it says what there is to say; here it would look like a failure.
+        Err(TemplateError::Busy(key)) if background => key,
+        made => made?,
+    };
     if context.json {
         output::json(&serde_json::json!({ "key": key }))?;
     } else {

@@ -13,6 +13,7 @@ use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result, anyhow, bail};
 use containerd_shim::Flags;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{fchdir, setsid};
 use tokio::task::spawn_blocking;
 use vmctr_vmm::config::Config;
@@ -43,6 +44,11 @@ pub async fn run() -> Result<()> {
         warm.discard().await;
         return Ok(());
     };
+    let fds: [OwnedFd; 2] = fds.try_into().map_err(|_| anyhow!("an order brings two descriptors"))?;
+    if is_given_up(&fds[1])? {
+        warm.discard().await;
+        bail!("The order for container {} came too late: it has another VM", order.id);
+    }
     become_server_of(fds)?;
     let Order { namespace, id, address, socket, ttrpc_address, debug, .. } = order;
     let flags = Flags { namespace, id, address, socket, debug, ..Flags::default() };
@@ -59,15 +65,35 @@ fn closed(pool: &UnixStream) -> Result<impl Future<Output = ()> + use<>> {
     })
 }
 
+/// Whether `start`, at the other end of the pipe, waits no more: it has made a server of its own, and nobody would
+/// ever tell this one to end.
+fn is_given_up(words: &OwnedFd) -> Result<bool> {
+    let mut pipe = [PollFd::new(words, PollFlags::empty())];
+    poll(&mut pipe, Some(&Timespec::default())).context("look for who gave the order")?;
+    Ok(pipe[0].revents().contains(PollFlags::ERR))
+}
+
 /// What `start` would have given to a server of its own: the bundle as working directory, its pipe as standard
 /// output and error.
-fn become_server_of(fds: Vec<OwnedFd>) -> Result<()> {
-    let fds: [OwnedFd; 2] = fds.try_into().map_err(|_| anyhow!("an order brings two descriptors"))?;
-    let [bundle, words] = fds;
+fn become_server_of([bundle, words]: [OwnedFd; 2]) -> Result<()> {
     fchdir(&bundle).context("enter the bundle")?;
     let null = rustix::fs::open("/dev/null", rustix::fs::OFlags::RDWR, rustix::fs::Mode::empty())?;
     rustix::stdio::dup2_stdin(&null).context("leave the pool")?;
     rustix::stdio::dup2_stdout(&words).context("take the pipe")?;
     rustix::stdio::dup2_stderr(&words).context("take the pipe")?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_order_is_given_up_when_nobody_reads_the_pipe() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let writer = OwnedFd::from(writer);
+        assert!(!is_given_up(&writer).unwrap());
+        drop(reader);
+        assert!(is_given_up(&writer).unwrap());
+    }
 }

@@ -20,7 +20,8 @@ use crate::oci::OciSpec;
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Gives a waiting server this order; the bundle is the working directory, `words` the pipe that the server says
-/// things to. `false`: there is none.
+/// things to. `false`: there is none. A pool that does not answer may have passed the order on; whether it has shows
+/// at the pipe and at the server's socket.
 pub fn take(config: &Config, order: Order, words: BorrowedFd<'_>) -> Result<bool> {
     let pool = match UnixStream::connect(socket(config)) {
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
@@ -33,11 +34,15 @@ pub fn take(config: &Config, order: Order, words: BorrowedFd<'_>) -> Result<bool
     pool.set_write_timeout(Some(PATIENCE))?;
     let bundle = File::open(".").context("open the bundle")?;
     send(&pool, &Ask::Take(order), &[bundle.as_fd(), words]).context("ask the pool")?;
-    match receive::<Answer>(&pool).context("wait for the pool's answer")? {
-        Some((Answer::Taken(_), _)) => Ok(true),
-        Some((Answer::Empty, _)) => Ok(false),
-        Some((Answer::Refused(why), _)) => bail!("the pool refuses: {why}"),
-        Some((Answer::List(_), _)) | None => bail!("the pool gives no answer"),
+    match receive::<Answer>(&pool) {
+        Ok(Some((Answer::Taken(_), _)) | None) => Ok(true),
+        Ok(Some((Answer::Empty, _))) => Ok(false),
+        Ok(Some((Answer::Refused(why), _))) => bail!("the pool refuses: {why}"),
+        Ok(Some((Answer::List(_), _))) => bail!("the pool answers something else"),
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionReset) => {
+            Ok(true)
+        }
+        Err(error) => Err(error).context("wait for the pool's answer"),
     }
 }
 
@@ -67,5 +72,41 @@ pub fn order(config: &Config, opts: &containerd_shim::StartOpts, socket: &str) -
         socket: socket.to_owned(),
         ttrpc_address: opts.ttrpc_address.clone(),
         debug: opts.debug,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    /// What comes of a request to a pool that does this with it.
+    fn asked(pool: impl FnOnce(UnixStream) + Send + 'static) -> Result<bool> {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config { run_dir: dir.path().to_owned(), ..Config::default() };
+        let listener = UnixListener::bind(socket(&config)).unwrap();
+        let served = std::thread::spawn(move || pool(listener.accept().unwrap().0));
+        let (_words, pipe) = io::pipe().unwrap();
+        let taken = take(&config, order(&config, &containerd_shim::StartOpts::default(), ""), pipe.as_fd());
+        served.join().unwrap();
+        taken
+    }
+
+    #[test]
+    fn a_pool_that_ends_may_have_passed_the_order_on() {
+        assert!(asked(|pool| drop(receive::<Ask>(&pool))).is_ok_and(|taken| taken));
+    }
+
+    #[test]
+    fn a_pool_that_has_nothing_or_refuses_has_not() {
+        let answer = |answer: Answer| {
+            asked(move |pool| {
+                receive::<Ask>(&pool).unwrap();
+                send(&pool, &answer, &[]).unwrap();
+            })
+        };
+        assert!(!answer(Answer::Empty).unwrap());
+        assert!(answer(Answer::Refused("why".into())).unwrap_err().to_string().contains("refuses: why"));
     }
 }

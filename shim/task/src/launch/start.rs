@@ -5,18 +5,20 @@
 
 use std::env;
 use std::fs;
-use std::io::{IsTerminal, Read, Write, stdin, stdout};
+use std::io::{IsTerminal, PipeReader, Read, Write, stdin, stdout};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use containerd_shim::bootstrap::{BootstrapParams, BootstrapResult};
 use containerd_shim::protos::TASK_API_VERSION;
 use containerd_shim::protos::protobuf::Message;
 use containerd_shim::{Flags, StartOpts};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::warn;
 use vmctr_vmm::config::Config;
 
@@ -25,6 +27,10 @@ use crate::log;
 
 /// Far above any message of containerd's.
 const MAX_INPUT: u64 = 10 << 20;
+
+/// From a server's order or start until it serves; both take milliseconds.
+const WAITING_LIMIT: Duration = Duration::from_secs(3);
+const SPAWNED_LIMIT: Duration = Duration::from_secs(60);
 
 /// How containerd asked.
 struct Asked {
@@ -98,16 +104,22 @@ fn take_waiting(config: &Config, opts: &StartOpts, address: &str) -> bool {
         if !pool::wanted(config, Path::new(".")) {
             return Ok(false);
         }
-        let (mut words, pipe) = std::io::pipe().context("make a pipe")?;
+        let (words, pipe) = std::io::pipe().context("make a pipe")?;
         if !pool::take(config, pool::order(config, opts, address), pipe.as_fd())? {
             return Ok(false);
         }
         drop(pipe);
-        let mut text = String::new();
-        words.read_to_string(&mut text).context("wait for the waiting server")?;
-        ensure!(text.is_empty(), "{}", text.trim());
-        // One that died in between has said nothing, either.
-        UnixStream::connect(socket_path(address)).context("the waiting server is gone")?;
+        let said = hear(&words, WAITING_LIMIT);
+        // From here on, whoever gets the order late declines it.
+        drop(words);
+        // One that died has said nothing, either; and one that says nothing in time may serve all the same.
+        let serves = UnixStream::connect(socket_path(address));
+        match said {
+            Ok(text) if text.is_empty() => serves.map(drop).context("the waiting server is gone")?,
+            Ok(text) => bail!("{}", text.trim()),
+            Err(error) if serves.is_err() => return Err(error).context("wait for the waiting server"),
+            Err(_) => {}
+        }
         Ok(true)
     };
     taken().unwrap_or_else(|error| {
@@ -118,10 +130,25 @@ fn take_waiting(config: &Config, opts: &StartOpts, address: &str) -> bool {
     })
 }
 
+/// All that is said until the last writer is gone.
+fn hear(mut words: &PipeReader, limit: Duration) -> Result<String> {
+    let deadline = Instant::now() + limit;
+    let (mut text, mut piece) = (vec![], [0; 4096]);
+    loop {
+        let left = Timespec::try_from(deadline.saturating_duration_since(Instant::now()))?;
+        let readable = poll(&mut [PollFd::new(&words, PollFlags::IN)], Some(&left))?;
+        ensure!(readable > 0, "it neither serves nor ends within {} s", limit.as_secs());
+        match words.read(&mut piece)? {
+            0 => return Ok(String::from_utf8_lossy(&text).into_owned()),
+            length => text.extend_from_slice(&piece[..length]),
+        }
+    }
+}
+
 /// The server says nothing when it serves and why when it does not; then it closes the pipe.
 fn spawn_server(opts: &StartOpts, address: &str) -> Result<()> {
     let program = env::current_exe().context("find this program")?;
-    let (mut words, pipe) = std::io::pipe().context("make a pipe")?;
+    let (words, pipe) = std::io::pipe().context("make a pipe")?;
     let mut command = Command::new(program);
     command.args(["-namespace", &opts.namespace, "-id", &opts.id, "-address", &opts.address]);
     command.args(["-socket", address]);
@@ -134,19 +161,35 @@ fn spawn_server(opts: &StartOpts, address: &str) -> Result<()> {
     command.stdout(pipe.try_clone().context("share the pipe")?).stderr(pipe);
     let mut child = command.spawn().context("start the shim's server")?;
     drop(command);
-    let mut text = String::new();
-    words.read_to_string(&mut text).context("wait for the shim's server")?;
-    if text.is_empty() {
+    let said = hear(&words, SPAWNED_LIMIT);
+    if matches!(&said, Ok(text) if text.is_empty()) {
         return Ok(());
     }
     let _ = child.kill();
     let _ = child.wait();
-    bail!("the shim's server does not start: {}", text.trim())
+    bail!("the shim's server does not start: {}", said.context("wait for it")?.trim())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::thread::{sleep, spawn};
+
     use super::*;
+
+    #[test]
+    fn a_server_is_heard_to_its_end_but_not_for_ever() {
+        let (words, mut pipe) = std::io::pipe().unwrap();
+        pipe.write_all(b"first ").unwrap();
+        let error = hear(&words, Duration::from_millis(50)).unwrap_err();
+        assert!(error.to_string().contains("neither serves nor ends"), "{error}");
+        let server = spawn(move || {
+            sleep(Duration::from_millis(50));
+            pipe.write_all(b"last").unwrap();
+        });
+        assert_eq!(hear(&words, SPAWNED_LIMIT).unwrap(), "last");
+        server.join().unwrap();
+        assert_eq!(hear(&words, Duration::ZERO).unwrap(), "");
+    }
 
     fn flags() -> Flags {
         Flags { id: "c1".into(), namespace: "ns".into(), address: "/c.sock".into(), ..Flags::default() }

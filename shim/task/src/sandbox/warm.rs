@@ -15,7 +15,7 @@ use vmctr_vmm::config::Config;
 use vmctr_vmm::qemu::Qemu;
 use vmctr_vmm::run_dir::{Owner, RunDir};
 use vmctr_vmm::spec::{Host, Limits, VmSpec};
-use vmctr_vmm::template::{Key, Maker, Store, make};
+use vmctr_vmm::template::{Key, Maker, Store, make_or_wait};
 use vmctr_vmm::vm::{Origin, Vm, VmStart};
 
 use super::container::CREATE_LIMIT;
@@ -71,7 +71,8 @@ impl Warm {
             boot_timeout: config.vm.boot_timeout_seconds.duration(),
         };
         let store = Store::new(config);
-        let key = make(&maker, &store).await?;
+        // Other members of a new pool want the same one.
+        let key = make_or_wait(&maker, &store).await?;
         let template = store.open(&key)?.context("the template is gone")?;
         let mut connection = Connection::new(run_dir.path())?;
         let start = VmStart {

@@ -16,28 +16,26 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use rustix::fs::{FlockOperation, flock};
 use vmctr_vmm::config::Config;
 use vmctr_vmm::pool::wire::{check_peer, receive, send};
 use vmctr_vmm::pool::{Answer, Ask, Member, size, socket};
-use vmctr_vmm::run_dir;
+use vmctr_vmm::{error_chain, run_dir};
 
 use super::Context;
 use crate::failure::{Failure, Outcome, Verdict};
 use crate::output;
 use members::Members;
 
+/// A pool answers at once, but may have some clients to serve before.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// Keeps the pool until a signal ends the process.
 pub fn run(config: &Config) -> Outcome {
-    let places = size(config);
-    if places == 0 {
-        let error = anyhow!(
-            "The configuration wants no waiting VMs: pool.size is 0, or pool.memory is less than vm.memory"
-        );
-        return Err(Failure::failed(error).hint("set pool.size, such as `[pool]` and `size = 2`"));
-    }
+    let places = places(config)?;
     let _lock = only_one(config)?;
     clear_up(config);
     let members = Arc::new(Members::default());
@@ -48,6 +46,24 @@ pub fn run(config: &Config) -> Outcome {
     }
     serve::serve(&listener, &members, config)?;
     Ok(Verdict::Good)
+}
+
+/// How many VMs are to wait: at least one.
+fn places(config: &Config) -> Result<usize, Failure> {
+    let (wanted, places) = (config.pool.size, size(config));
+    if wanted == 0 {
+        let error = anyhow!("The configuration wants no waiting VMs: pool.size is 0");
+        return Err(Failure::failed(error).hint("set it, such as `[pool]` and `size = 2`"));
+    }
+    let (all, each) = (config.pool.memory, config.vm.memory);
+    if places == 0 {
+        let error = anyhow!("No VM may wait: pool.memory is {all}, and vm.memory, which each has, {each}");
+        return Err(Failure::failed(error).hint("raise pool.memory"));
+    }
+    if u32::try_from(places).is_ok_and(|places| places < wanted) {
+        eprintln!("vmctr: {places} instead of {wanted} VMs wait: pool.memory is {all}, and each has {each}");
+    }
+    Ok(places)
 }
 
 /// Prints who waits.
@@ -76,8 +92,9 @@ fn ask_list(config: &Config) -> Result<Vec<Member>, Failure> {
         pool => pool.with_context(|| format!("Cannot connect to {}", path.display()))?,
     };
     check_peer(&pool)?;
+    pool.set_read_timeout(Some(PATIENCE))?;
     send(&pool, &Ask::List, &[])?;
-    match receive(&pool)? {
+    match receive(&pool).context("The pool does not answer: restart `vmctr pool run`")? {
         Some((Answer::List(list), _)) => Ok(list),
         other => Err(anyhow!("The pool answers {other:?}").into()),
     }
@@ -103,7 +120,7 @@ fn clear_up(config: &Config) {
             && entry.meta.live_shim().is_none()
             && let Err(error) = run_dir::cleanup(&config.run_dir, &entry.key)
         {
-            eprintln!("vmctr: {error}");
+            eprintln!("vmctr: {}", error_chain(&error));
         }
     }
 }

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmctr_vmm::config::Config;
 use vmctr_vmm::pool::wire::{check_peer, receive, send};
 use vmctr_vmm::pool::{Answer, Ask, Order, config_digest};
@@ -50,9 +51,18 @@ fn answer(client: &UnixStream, members: &Members, digest: &str) -> std::io::Resu
     let Some((ask, fds)) = receive::<Ask>(client)? else { return Ok(()) };
     let answer = match ask {
         Ask::List => Answer::List(members.list()),
+        // It waits no longer, as this process was held up: the VM would be nobody's.
+        Ask::Take(_) if is_gone(client)? => return Ok(()),
         Ask::Take(order) => take(members, &order, &fds, digest),
     };
     send(client, &answer, &[])
+}
+
+/// Whether the client has closed its end.
+fn is_gone(client: &UnixStream) -> std::io::Result<bool> {
+    let mut ends = [PollFd::new(client, PollFlags::RDHUP)];
+    poll(&mut ends, Some(&Timespec::default()))?;
+    Ok(!ends[0].revents().is_empty())
 }
 
 fn take(members: &Members, order: &Order, fds: &[OwnedFd], digest: &str) -> Answer {
@@ -61,4 +71,18 @@ fn take(members: &Members, order: &Order, fds: &[OwnedFd], digest: &str) -> Answ
         return Answer::Refused(why.to_owned());
     }
     members.give(order, fds).map_or(Answer::Empty, Answer::Taken)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_is_gone_when_its_end_is_closed_whatever_it_said_before() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        send(&theirs, &Ask::List, &[]).unwrap();
+        assert!(!is_gone(&ours).unwrap());
+        drop(theirs);
+        assert!(is_gone(&ours).unwrap());
+    }
 }
