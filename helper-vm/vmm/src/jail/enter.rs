@@ -1,6 +1,7 @@
 //! Entering the jail: every step of `vmctr-jail`, in the order that the next step depends on.
 //!
 //! ```text
+//!   no protection from the kernel's OOM killer
 //!   file descriptors in place, all others close on exec
 //!   own mount, network, IPC and host-name namespaces
 //!   new root from read-only binds ── pivot_root ── the host's root is gone
@@ -68,6 +69,7 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
 /// # Errors
 /// The step that failed; the process is then half confined and must exit.
 pub fn enter(spec: &JailSpec) -> Result<Infallible, JailError> {
+    give_up_protection().step("give up the protection from the OOM killer")?;
     let guest = sys::place_fds(&spec.fds, spec.guest, FIRST_FD).step("put file descriptors in place")?;
     let namespaces = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWNET
@@ -82,6 +84,12 @@ pub fn enter(spec: &JailSpec) -> Result<Infallible, JailError> {
     die_with_parent(spec.parent)?;
     let error = Command::new(&spec.program).args(&spec.args).env_clear().exec();
     Err(error).step(format!("run {}", spec.program.display()))
+}
+
+/// containerd protects its shims, which hand that down: a guest's memory must not be the last that the host takes back.
+fn give_up_protection() -> io::Result<()> {
+    const SCORE: &str = "/proc/self/oom_score_adj";
+    if fs::read_to_string(SCORE)?.starts_with('-') { fs::write(SCORE, "0") } else { Ok(()) }
 }
 
 /// What a jail takes from the host.

@@ -10,9 +10,9 @@
 //!   └── dev/null, dev/urandom
 //! ```
 //!
-//! Invariants: no file that QEMU sees is writable but its guest's RAM, where that is a file; its user owns nothing and is shared with no other live
-//! process; it has no capabilities, no network, and no file descriptors but the listed ones. `/dev/kvm` is
-//! one of those, opened by the parent, so that its user needs no right to the device's node.
+//! Invariants: no file that QEMU sees is writable but its guest's RAM, where that is a file; its user owns nothing and
+//! is shared with no other live process; it has no capabilities, no network, and no file descriptors but the listed
+//! ones. `/dev/kvm` is one of those, opened by the parent, so that its user needs no right to the device's node.
 
 pub mod enter;
 mod sys;
