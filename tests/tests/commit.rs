@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use vmctr_tests::rig::Rig;
 use vmctr_tests::rig::command::{Output, Running, eventually, run};
 use vmctr_tests::rig::container::Container;
+use vmctr_tests::rig::terminal::Terminal;
 use vmctr_tests::rig::vm::signal;
 
 const IMAGE: &str = "vmctr.test/committed:1";
@@ -344,6 +345,38 @@ fn without_a_pause_what_changes_is_named() {
         .output()
         .ok()
         .prints("still");
+}
+
+#[test]
+fn long_commits_show_phase_bytes_and_rate_on_a_terminal_only() {
+    let rig = Rig::vmctr();
+    let container = rig.container("progress").args(["/bin/sleep", "1000"]).detached();
+    container.sh("head -c 30000000 /dev/urandom > /big").ok();
+    let out = rig.new_folder("out");
+    let command = |name: &str, more: &[&str]| {
+        let mut command = rig.vmctr_command();
+        let output = format!("oci:{}", out.join(name).display());
+        // Takes seconds at this level.
+        command.args(["commit", "--compression", "zstd:19", "--output", &output]).args(more);
+        command.arg(container.id());
+        command
+    };
+    let mut terminal = Terminal::run(&mut command("terminal", &[]), (100, 24));
+    terminal.expect("writing the layer: ");
+    terminal.expect("iB/s");
+    terminal.expect("Entries");
+    let screen = terminal.screen();
+    assert!(!screen.contains(" 0 B"), "nothing was read yet and that is shown: {screen:?}");
+    assert_eq!(terminal.finish(), 0);
+    let mut quiet = Terminal::run(&mut command("quiet", &["--quiet"]), (100, 24));
+    quiet.expect("sha256:");
+    assert!(!quiet.screen().contains("writing"), "{:?}", quiet.screen());
+    assert_eq!(quiet.finish(), 0);
+    let piped = run(&mut command("piped", &[])).ok();
+    let warnings: Vec<_> =
+        piped.errors().lines().filter(|line| !line.contains("warning")).map(String::from).collect();
+    assert!(warnings.is_empty(), "{piped}");
+    container.remove();
 }
 
 #[test]
