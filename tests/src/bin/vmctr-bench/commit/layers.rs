@@ -21,22 +21,22 @@ use super::buildah::{Buildah, Working, layer_size};
 use super::used::{Used, peak};
 use super::{NAME, content, report_of, vmctr};
 
-/// What is committed: its name, and how it is made, smaller if all is to be quick.
+/// What is committed.
 struct Content {
     name: &'static str,
-    make: fn(&Path, quick: bool),
+    make: fn(&Path),
 }
 
 const CONTENTS: [Content; 3] = [
     Content { name: "256 MiB random", make: random },
-    Content {
-        name: "Debian root, 7 times",
-        make: |into, quick| content::debian(into, if quick { 1 } else { 7 }),
-    },
-    Content {
-        name: "100000 small files",
-        make: |into, quick| content::small_files(into, if quick { 2000 } else { 100_000 }),
-    },
+    Content { name: "Debian root, 7 times", make: |into| content::debian(into, 7) },
+    Content { name: "100000 small files", make: |into| content::small_files(into, 100_000) },
+];
+
+/// When all is to be quick.
+const LESS: [Content; 2] = [
+    Content { name: "Debian root", make: |into| content::debian(into, 1) },
+    Content { name: "2000 small files", make: |into| content::small_files(into, 2000) },
 ];
 
 /// How vmctr packs; `None` for times as they are, else as buildah has them, in whole seconds.
@@ -47,16 +47,17 @@ const WAYS: [(Subject, &str, Option<&str>); 3] = [
 ];
 
 pub fn measure(bench: &mut Bench, buildah: &Buildah) {
-    for (number, content) in CONTENTS.iter().enumerate() {
+    let contents: &[Content] = if bench.is_quick() { &LESS } else { &CONTENTS };
+    for (number, content) in contents.iter().enumerate() {
         progress(NAME, content.name);
         let upper = bench.rig.new_folder(&format!("commit-upper-{number}"));
-        (content.make)(&upper, bench.is_quick());
+        (content.make)(&upper);
         let theirs = buildah.from("scratch");
         run(Command::new("cp").arg("-a").arg(upper.join(".")).arg(&theirs.root)).ok();
         let root = bench.rig.busybox_root(&format!("commit-root-{number}"), &[]);
         let run = bench.container_in(vmctr(), &root).annotation("io.vmctr.upper-dir", upper.display());
         let ours = idle(run);
-        for turn in 0..bench.repeats(5) {
+        for turn in 0..bench.repeats(3) {
             let out = bench.rig.new_folder(&format!("commit-out-{number}-{turn}"));
             WAYS.iter().for_each(|way| pack(bench, content.name, way, &ours, &out));
             theirs_too(bench, content.name, buildah, &theirs, &out);
@@ -70,7 +71,7 @@ pub fn measure(bench: &mut Bench, buildah: &Buildah) {
     }
 }
 
-fn random(into: &Path, _quick: bool) {
+fn random(into: &Path) {
     let script = "head -c 268435456 /dev/urandom > random";
     run(Command::new("sh").args(["-c", script]).current_dir(into)).ok();
 }
