@@ -154,7 +154,7 @@ pub fn layer<W: Write + Send + 'static>(
     let mut writer = LayerWriter::new(sink, options)?;
     let notes = thread::scope(|scope| {
         let (found, queue) = sync_channel(AHEAD);
-        let walking = scope.spawn(|| send_all(changes, found));
+        let walking = scope.spawn(move || send_all(changes, &found));
         for change in queue {
             // Of a layer's steps, whoever watches calls none off.
             writer.add(&change, &mut |totals| drop(watch(Step::Layer(totals))))?;
@@ -166,7 +166,7 @@ pub fn layer<W: Write + Send + 'static>(
 }
 
 /// Ends early if nobody wants any more.
-fn send_all(changes: &Changes<'_>, found: SyncSender<Change>) -> Result<Notes, CommitError> {
+fn send_all(changes: &Changes<'_>, found: &SyncSender<Change>) -> Result<Notes, CommitError> {
     let mut walk = changes.walk(Consistency::Frozen)?;
     while let Some(change) = walk.next_change()? {
         if found.send(change).is_err() {
