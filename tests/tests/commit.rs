@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use vmctr_tests::rig::Rig;
 use vmctr_tests::rig::command::{Output, Running, eventually, run};
 use vmctr_tests::rig::container::Container;
+use vmctr_tests::rig::image;
 use vmctr_tests::rig::terminal::Terminal;
 use vmctr_tests::rig::vm::signal;
 
@@ -400,6 +401,44 @@ fn what_cannot_be_committed_is_named() {
     let plain = rig.container_in(&root, "plain").args(["/bin/sleep", "1000"]).detached();
     vmctr(&rig, &["commit", plain.id(), IMAGE]).exits(125).fails_naming(&["one folder"]);
     plain.remove();
+}
+
+#[test]
+fn an_image_in_dockers_format_runs_with_its_instructions() {
+    let rig = Rig::vmctr();
+    let container = changed(&rig, "docker");
+    let instructions =
+        ["-c", "ENTRYPOINT [\"/bin/echo\"]", "-c", "CMD [\"$A\", \"c d\"]", "-c", "LABEL l=\"x y\""];
+    commit(&rig, &container, &[&["--format", "docker", "--compression", "gzip"], &instructions[..]].concat());
+    let listed = rig.ctr_run(&["images", "ls"]).ok().text();
+    let ours = listed.lines().find(|line| line.starts_with(IMAGE)).expect("it is there");
+    assert!(ours.contains("application/vnd.docker.distribution.manifest.v2+json"), "{ours}");
+    let lines = vmctr(&rig, &["--json", "diff", container.id()]).ok().json();
+    let deleted = serde_json::json!({"change": "D", "path": "/etc/group"});
+    assert!(lines.as_array().is_some_and(|lines| lines.contains(&deleted)), "{lines}");
+    container.remove();
+    let run = rig.container_of(IMAGE, "look").under("io.containerd.runc.v2");
+    run.output().ok().prints("$A c d");
+}
+
+#[test]
+fn changes_outlive_the_image_that_they_were_made_on() {
+    let rig = Rig::vmctr();
+    let container = changed(&rig, "orphan");
+    rig.ctr_run(&["images", "rm", "--sync", image::BUSYBOX]).ok();
+    let out = rig.new_folder("out");
+    let (archive, folder) = (out.join("archive"), out.join("new"));
+    let output = format!("oci-archive:{}", archive.display());
+    let args = ["commit", "--output", &output, "--to-dir", folder.to_str().expect("text"), container.id()];
+    let done = vmctr(&rig, &args).ok();
+    assert!(done.errors().contains(image::BUSYBOX), "what is missing is not named: {done}");
+    assert_eq!(fs::read_to_string(folder.join("new")).expect("there"), "new\n");
+    let listed = run(Command::new("tar").arg("-tf").arg(&archive)).ok().text();
+    assert!(listed.contains("index.json"), "{listed}");
+    vmctr(&rig, &["commit", container.id(), IMAGE]).exits(125).fails_naming(&[image::BUSYBOX, "--squash"]);
+    commit(&rig, &container, &["--squash"]);
+    container.remove();
+    rig.container_of(IMAGE, "look").sh("cat /new").output().ok().prints("new");
 }
 
 #[test]
