@@ -240,6 +240,24 @@ mod tests {
     }
 
     #[test]
+    fn room_that_was_never_written_is_read_as_zeros() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("roomy");
+        let file = File::create(&path).unwrap();
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, 20_000).unwrap();
+        file.write_all_at(b"data", 9000).unwrap();
+        let mut reader = content(&path).open().unwrap();
+        let (mut whole, mut buffer) = (Vec::new(), [0; 999]);
+        while let Some(piece) = reader.next(&mut buffer).unwrap() {
+            assert!(matches!(piece, Piece::Data(_)), "there is no hole: {piece:?}");
+            if let Piece::Data(count) = piece {
+                whole.extend_from_slice(&buffer[..count]);
+            }
+        }
+        assert_eq!(whole, std::fs::read(&path).unwrap());
+    }
+
+    #[test]
     fn a_copy_keeps_bytes_and_holes() {
         use std::os::unix::fs::MetadataExt;
         let dir = tempfile::tempdir().unwrap();
