@@ -14,6 +14,8 @@
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread;
 
 use tokio::task::spawn_blocking;
 
@@ -24,7 +26,9 @@ use crate::path::TreePath;
 use crate::store::containerd::Snapshot;
 use crate::store::{Layout, StoreError, containerd, nameless_beside, write_archive};
 use crate::tree::{NewFolder, NewFolderError, fill_folder, write_new_folder};
-use crate::upper::{Consistency, Entry, EntryKind, Layers, Namespace, Notes, Scope, Walk, WalkError, What};
+use crate::upper::{
+    Change, Consistency, Entry, EntryKind, Layers, Namespace, Notes, Scope, Walk, WalkError, What,
+};
 
 /// Why a commit fails.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +54,9 @@ pub enum CommitError {
     /// A thread ended.
     #[error("The thread that reads the changes ended")]
     Thread(#[source] tokio::task::JoinError),
+    /// The thread that looks for changes ended.
+    #[error("The thread that looks for changes ended")]
+    Walker,
     /// The caller called it off.
     #[error("The changes may not have stood still")]
     Watch(#[source] io::Error),
@@ -132,21 +139,41 @@ pub fn capture_in_snapshot(
     Ok((written, walk.notes().clone()))
 }
 
+/// Changes that were found and not written yet; each may be an open file.
+const AHEAD: usize = 64;
+
 /// Writes the changes as a layer to `sink`; nothing may change meanwhile.
+///
+/// A thread of its own looks for them, as many small files take as long to find as to read.
 pub fn layer<W: Write + Send + 'static>(
     changes: &Changes<'_>,
     options: LayerOptions,
     sink: W,
     watch: &mut Watch<'_>,
 ) -> Result<(W, LayerInfo, Notes), CommitError> {
-    let mut walk = changes.walk(Consistency::Frozen)?;
     let mut writer = LayerWriter::new(sink, options)?;
-    while let Some(change) = walk.next_change()? {
-        // Of a layer's steps, whoever watches calls none off.
-        writer.add(&change, &mut |totals| drop(watch(Step::Layer(totals))))?;
-    }
+    let notes = thread::scope(|scope| {
+        let (found, queue) = sync_channel(AHEAD);
+        let walking = scope.spawn(move || send_all(changes, &found));
+        for change in queue {
+            // Of a layer's steps, whoever watches calls none off.
+            writer.add(&change, &mut |totals| drop(watch(Step::Layer(totals))))?;
+        }
+        walking.join().map_err(|_| CommitError::Walker)?
+    })?;
     let (sink, info) = writer.finish()?;
-    Ok((sink, info, walk.notes().clone()))
+    Ok((sink, info, notes))
+}
+
+/// Ends early if nobody wants any more.
+fn send_all(changes: &Changes<'_>, found: &SyncSender<Change>) -> Result<Notes, CommitError> {
+    let mut walk = changes.walk(Consistency::Frozen)?;
+    while let Some(change) = walk.next_change()? {
+        if found.send(change).is_err() {
+            break;
+        }
+    }
+    Ok(walk.notes().clone())
 }
 
 /// Finds a blob of the base image; `None` if it is gone.

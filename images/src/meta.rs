@@ -56,13 +56,15 @@ pub(crate) struct Stat {
     pub nlink: u32,
     pub rdev: Device,
     pub id: InodeId,
+    /// Bytes of storage; says nothing about the content, and may change without it.
+    pub allocated: u64,
     ctime: Time,
 }
 
 impl Stat {
     /// The same content and metadata as when `earlier` was taken, as far as time stamps can tell.
     pub(crate) fn unchanged_since(&self, earlier: &Stat) -> bool {
-        self == earlier
+        Self { allocated: earlier.allocated, ..*self } == *earlier
     }
 
     /// overlayfs's first form of a whiteout.
@@ -89,6 +91,7 @@ impl From<&Statx> for Stat {
                 dev: Device { major: statx.stx_dev_major, minor: statx.stx_dev_minor },
                 ino: statx.stx_ino,
             },
+            allocated: statx.stx_blocks.saturating_mul(512),
             ctime: time(statx.stx_ctime.tv_sec, statx.stx_ctime.tv_nsec),
         }
     }

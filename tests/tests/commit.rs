@@ -9,6 +9,8 @@ use nix::sys::signal::Signal;
 use vmctr_tests::rig::Rig;
 use vmctr_tests::rig::command::{Output, Running, eventually, run};
 use vmctr_tests::rig::container::Container;
+use vmctr_tests::rig::image;
+use vmctr_tests::rig::terminal::Terminal;
 use vmctr_tests::rig::vm::signal;
 
 const IMAGE: &str = "vmctr.test/committed:1";
@@ -347,6 +349,38 @@ fn without_a_pause_what_changes_is_named() {
 }
 
 #[test]
+fn long_commits_show_phase_bytes_and_rate_on_a_terminal_only() {
+    let rig = Rig::vmctr();
+    let container = rig.container("progress").args(["/bin/sleep", "1000"]).detached();
+    container.sh("head -c 30000000 /dev/urandom > /big").ok();
+    let out = rig.new_folder("out");
+    let command = |name: &str, more: &[&str]| {
+        let mut command = rig.vmctr_command();
+        let output = format!("oci:{}", out.join(name).display());
+        // Takes seconds at this level.
+        command.args(["commit", "--compression", "zstd:19", "--output", &output]).args(more);
+        command.arg(container.id());
+        command
+    };
+    let mut terminal = Terminal::run(&mut command("terminal", &[]), (100, 24));
+    terminal.expect("writing the layer: ");
+    terminal.expect("iB/s");
+    terminal.expect("Entries");
+    let screen = terminal.screen();
+    assert!(!screen.contains(" 0 B"), "nothing was read yet and that is shown: {screen:?}");
+    assert_eq!(terminal.finish(), 0);
+    let mut quiet = Terminal::run(&mut command("quiet", &["--quiet"]), (100, 24));
+    quiet.expect("sha256:");
+    assert!(!quiet.screen().contains("writing"), "{:?}", quiet.screen());
+    assert_eq!(quiet.finish(), 0);
+    let piped = run(&mut command("piped", &[])).ok();
+    let warnings: Vec<_> =
+        piped.errors().lines().filter(|line| !line.contains("warning")).map(String::from).collect();
+    assert!(warnings.is_empty(), "{piped}");
+    container.remove();
+}
+
+#[test]
 fn what_cannot_be_committed_is_named() {
     let rig = Rig::vmctr();
     vmctr(&rig, &["commit", "nobody", IMAGE]).exits(127).fails_naming(&["nobody"]);
@@ -367,6 +401,44 @@ fn what_cannot_be_committed_is_named() {
     let plain = rig.container_in(&root, "plain").args(["/bin/sleep", "1000"]).detached();
     vmctr(&rig, &["commit", plain.id(), IMAGE]).exits(125).fails_naming(&["one folder"]);
     plain.remove();
+}
+
+#[test]
+fn an_image_in_dockers_format_runs_with_its_instructions() {
+    let rig = Rig::vmctr();
+    let container = changed(&rig, "docker");
+    let instructions =
+        ["-c", "ENTRYPOINT [\"/bin/echo\"]", "-c", "CMD [\"$A\", \"c d\"]", "-c", "LABEL l=\"x y\""];
+    commit(&rig, &container, &[&["--format", "docker", "--compression", "gzip"], &instructions[..]].concat());
+    let listed = rig.ctr_run(&["images", "ls"]).ok().text();
+    let ours = listed.lines().find(|line| line.starts_with(IMAGE)).expect("it is there");
+    assert!(ours.contains("application/vnd.docker.distribution.manifest.v2+json"), "{ours}");
+    let lines = vmctr(&rig, &["--json", "diff", container.id()]).ok().json();
+    let deleted = serde_json::json!({"change": "D", "path": "/etc/group"});
+    assert!(lines.as_array().is_some_and(|lines| lines.contains(&deleted)), "{lines}");
+    container.remove();
+    let run = rig.container_of(IMAGE, "look").under("io.containerd.runc.v2");
+    run.output().ok().prints("$A c d");
+}
+
+#[test]
+fn changes_outlive_the_image_that_they_were_made_on() {
+    let rig = Rig::vmctr();
+    let container = changed(&rig, "orphan");
+    rig.ctr_run(&["images", "rm", "--sync", image::BUSYBOX]).ok();
+    let out = rig.new_folder("out");
+    let (archive, folder) = (out.join("archive"), out.join("new"));
+    let output = format!("oci-archive:{}", archive.display());
+    let args = ["commit", "--output", &output, "--to-dir", folder.to_str().expect("text"), container.id()];
+    let done = vmctr(&rig, &args).ok();
+    assert!(done.errors().contains(image::BUSYBOX), "what is missing is not named: {done}");
+    assert_eq!(fs::read_to_string(folder.join("new")).expect("there"), "new\n");
+    let listed = run(Command::new("tar").arg("-tf").arg(&archive)).ok().text();
+    assert!(listed.contains("index.json"), "{listed}");
+    vmctr(&rig, &["commit", container.id(), IMAGE]).exits(125).fails_naming(&[image::BUSYBOX, "--squash"]);
+    commit(&rig, &container, &["--squash"]);
+    container.remove();
+    rig.container_of(IMAGE, "look").sh("cat /new").output().ok().prints("new");
 }
 
 #[test]

@@ -22,8 +22,8 @@ pub enum Compression {
     Zstd(u8),
 }
 
-/// Smaller than zlib's level 6, which other tools use, in half its time.
-const GZIP_DEFAULT: u8 = 4;
+/// Smaller than zlib's level 6, which other tools use, in less time.
+const GZIP_DEFAULT: u8 = 6;
 const GZIP_MAX: u8 = 12;
 const ZSTD_DEFAULT: u8 = 3;
 /// Higher ones need windows that readers may refuse.
@@ -131,7 +131,7 @@ mod tests {
     fn texts_name_kind_and_level() {
         for (text, expected) in [
             ("none", Some(Compression::None)),
-            ("gzip", Some(Compression::Gzip(4))),
+            ("gzip", Some(Compression::Gzip(6))),
             ("gzip:9", Some(Compression::Gzip(9))),
             ("zstd:19", Some(Compression::Zstd(19))),
             ("zstd", Some(Compression::default())),

@@ -13,7 +13,7 @@ use sha2::{Digest as _, Sha256};
 use crate::layer::{Item, ItemKind, LayerReader, ReadError};
 use crate::meta::{Device, Meta, Time, Xattrs};
 use crate::path::{Escaped, TreePath};
-use crate::upper::{Content, EntryKind, Piece, Walk, WalkError, What, same_bytes};
+use crate::upper::{Content, EntryKind, Piece, Walk, WalkError, What};
 
 /// Why two trees cannot be compared.
 #[derive(Debug, thiserror::Error)]
@@ -301,7 +301,7 @@ impl Kind {
 
     fn same_content(&self, other: &Self) -> io::Result<bool> {
         match (self, other) {
-            (Self::File(Bytes::Here(one)), Self::File(Bytes::Here(other))) => same_bytes(one, other),
+            (Self::File(Bytes::Here(one)), Self::File(Bytes::Here(other))) => one.same_bytes(other),
             (Self::File(one), Self::File(other)) => Ok(one.hash()? == other.hash()?),
             _ => Ok(true),
         }

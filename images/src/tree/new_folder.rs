@@ -152,14 +152,14 @@ fn file(
 ) -> Result<(), NewFolderError> {
     let attempts = if consistency == Consistency::Live { ATTEMPTS } else { 1 };
     for attempt in 0..attempts {
-        let mut reader = content.open().at(path)?;
+        let mut reader = if attempt == 0 { content.open() } else { content.open_anew() }.at(path)?;
         let meta = if attempt == 0 { entry.meta } else { reader.meta() };
         let copied = target.make(path, &meta, &entry.xattrs, Make::File(&mut |file| reader.copy_to(file)));
         let whole = match copied {
             Err(TreeError::Write { source, .. }) if source.kind() == io::ErrorKind::UnexpectedEof => false,
             result => result.map(|()| true)?,
         };
-        if whole && reader.unchanged().at(path)? && (attempt > 0 || content.unchanged().at(path)?) {
+        if whole && reader.unchanged().at(path)? {
             return Ok(());
         }
     }

@@ -27,16 +27,20 @@ impl Content {
         self.node.stat.id
     }
 
-    /// Opens it and takes its state, against which [`ContentReader::unchanged`] checks.
-    pub fn open(&self) -> io::Result<ContentReader> {
-        let file = self.node.open_file()?;
-        let before = self.node.stat_again()?;
-        Ok(ContentReader { file, position: 0, data_until: 0, before })
+    /// Whether both hold the same bytes.
+    pub(crate) fn same_bytes(&self, other: &Self) -> io::Result<bool> {
+        same_bytes(&self.node, &other.node)
     }
 
-    /// Whether the file is still as it was when it was found.
-    pub fn unchanged(&self) -> io::Result<bool> {
-        Ok(self.node.stat_again()?.unchanged_since(&self.node.stat))
+    /// Opens it; [`ContentReader::unchanged`] compares with how it was found.
+    pub fn open(&self) -> io::Result<ContentReader> {
+        self.node.open_file().map(|file| ContentReader::new(file, self.node.stat))
+    }
+
+    /// Opens it as it is now, with which [`ContentReader::unchanged`] then compares.
+    pub(crate) fn open_anew(&self) -> io::Result<ContentReader> {
+        let file = self.node.open_file()?;
+        Ok(ContentReader::new(file, self.node.stat_again()?))
     }
 }
 
@@ -58,6 +62,12 @@ pub struct ContentReader {
 }
 
 impl ContentReader {
+    fn new(file: File, before: Stat) -> Self {
+        // A file with storage for all of its bytes has no holes worth looking for.
+        let data_until = if before.allocated >= before.size { before.size } else { 0 };
+        Self { file, position: 0, data_until, before }
+    }
+
     /// The size when it was opened: so many bytes come, unless it shrinks.
     pub fn size(&self) -> u64 {
         self.before.size
@@ -101,7 +111,9 @@ impl ContentReader {
         }
         target.set_len(self.before.size)?;
         while self.position < self.before.size {
-            self.position = self.find_data()?;
+            if self.position >= self.data_until {
+                self.position = self.find_data()?;
+            }
             while self.position < self.data_until {
                 self.copy_some(target)?;
             }
@@ -165,15 +177,15 @@ impl ContentReader {
     }
 }
 
-/// Whether two files hold the same bytes; reads both at most once, and not at all if they are one.
-pub(crate) fn same_bytes(one: &Content, other: &Content) -> io::Result<bool> {
-    if one.id() == other.id() {
+/// Whether two regular files hold the same bytes; reads both at most once, and not at all if they are one.
+pub(super) fn same_bytes(one: &Node, other: &Node) -> io::Result<bool> {
+    if one.stat.id == other.stat.id {
         return Ok(true);
     }
-    if one.size() != other.size() {
+    if one.stat.size != other.stat.size {
         return Ok(false);
     }
-    let (one, other) = (one.node.open_file()?, other.node.open_file()?);
+    let (one, other) = (one.open_file()?, other.open_file()?);
     let (mut left, mut right) = (vec![0; 256 * 1024], vec![0; 256 * 1024]);
     let mut position = 0;
     loop {
@@ -228,6 +240,24 @@ mod tests {
     }
 
     #[test]
+    fn room_that_was_never_written_is_read_as_zeros() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("roomy");
+        let file = File::create(&path).unwrap();
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, 20_000).unwrap();
+        file.write_all_at(b"data", 9000).unwrap();
+        let mut reader = content(&path).open().unwrap();
+        let (mut whole, mut buffer) = (Vec::new(), [0; 999]);
+        while let Some(piece) = reader.next(&mut buffer).unwrap() {
+            assert!(matches!(piece, Piece::Data(_)), "there is no hole: {piece:?}");
+            if let Piece::Data(count) = piece {
+                whole.extend_from_slice(&buffer[..count]);
+            }
+        }
+        assert_eq!(whole, std::fs::read(&path).unwrap());
+    }
+
+    #[test]
     fn a_copy_keeps_bytes_and_holes() {
         use std::os::unix::fs::MetadataExt;
         let dir = tempfile::tempdir().unwrap();
@@ -270,7 +300,7 @@ mod tests {
         let write = |name: &str, bytes: &[u8]| {
             let path = dir.path().join(name);
             std::fs::write(&path, bytes).unwrap();
-            content(&path)
+            content(&path).node
         };
         let (a, b, c) = (write("a", b"xy"), write("b", b"xy"), write("c", b"xz"));
         assert!(same_bytes(&a, &b).unwrap());

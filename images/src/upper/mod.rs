@@ -31,5 +31,4 @@ pub use note::{Note, Notes};
 pub use view::{Layers, OpenError};
 pub use walk::Walk;
 
-pub(crate) use content::same_bytes;
 pub(crate) use marks::{escape, is_content};

@@ -5,7 +5,7 @@
 
 use rustix::fs::FileType;
 
-use super::content::{Content, same_bytes};
+use super::content::same_bytes;
 use super::error::{At, WalkError};
 use super::marks::{Marks, Namespace};
 use super::view::Leaf;
@@ -45,18 +45,9 @@ pub(super) fn same_leaf(
         return Ok(false);
     }
     match leaf.node.stat.kind {
-        FileType::RegularFile => same_content(leaf, base, place),
+        FileType::RegularFile => same_bytes(leaf.bytes(), base.bytes()).at(place),
         FileType::Symlink => Ok(leaf.node.read_link().at(place)? == base.node.read_link().at(place)?),
         FileType::CharacterDevice | FileType::BlockDevice => Ok(leaf.node.stat.rdev == base.node.stat.rdev),
         _ => Ok(true),
     }
-}
-
-fn same_content(leaf: &Leaf, base: &Leaf, place: &TreePath) -> Result<bool, WalkError> {
-    same_bytes(&content(leaf).at(place)?, &content(base).at(place)?).at(place)
-}
-
-/// The bytes that a regular file shows.
-pub(super) fn content(leaf: &Leaf) -> std::io::Result<Content> {
-    Ok(Content { node: leaf.data.as_ref().unwrap_or(&leaf.node).duplicate()? })
 }

@@ -20,6 +20,8 @@ use std::rc::Rc;
 
 use rustix::fs::FileType;
 
+use super::change::EntryKind;
+use super::content::Content;
 use super::error::{At, WalkError};
 use super::marks::{Marks, Namespace};
 use crate::beneath::{self, Node};
@@ -156,6 +158,31 @@ pub(super) struct Leaf {
     pub layer: usize,
     /// Where the bytes are if `node` has only the metadata.
     pub data: Option<Node>,
+}
+
+impl Leaf {
+    /// The inode that holds a regular file's bytes.
+    pub(super) fn bytes(&self) -> &Node {
+        self.data.as_ref().unwrap_or(&self.node)
+    }
+
+    /// A regular file's bytes.
+    fn into_content(self) -> Content {
+        Content { node: self.data.unwrap_or(self.node) }
+    }
+
+    /// What it is, for a layer; `None` for what cannot be in one.
+    pub(super) fn into_kind(self) -> io::Result<Option<EntryKind>> {
+        let stat = &self.node.stat;
+        Ok(Some(match stat.kind {
+            FileType::RegularFile => EntryKind::File(self.into_content()),
+            FileType::Symlink => EntryKind::Symlink(self.node.read_link()?),
+            FileType::CharacterDevice => EntryKind::Char(stat.rdev),
+            FileType::BlockDevice => EntryKind::Block(stat.rdev),
+            FileType::Fifo => EntryKind::Fifo,
+            _ => return Ok(None),
+        }))
+    }
 }
 
 impl View {

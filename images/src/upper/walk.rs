@@ -20,7 +20,7 @@ use super::links::Links;
 use super::marks::Marks;
 use super::names::MergedNames;
 use super::note::{Note, Notes};
-use super::same::{content, same_leaf, same_metadata};
+use super::same::{same_leaf, same_metadata};
 use super::view::{Found, Layers, Leaf, View};
 use crate::beneath::Node;
 use crate::meta::{Stat, Xattrs};
@@ -192,7 +192,7 @@ impl<'a> Walk<'a> {
                 self.notes.add(Note::Socket(path.clone()));
                 self.gone(path, &base, hidden)
             }
-            Found::Leaf(leaf) => self.leaf(path, &leaf, &base, hidden),
+            Found::Leaf(leaf) => self.leaf(path, leaf, &base, hidden),
             Found::Dir(view) => self.dir(path, view, base, hidden, replaced),
         }
     }
@@ -215,23 +215,24 @@ impl<'a> Walk<'a> {
         }
     }
 
-    fn leaf(&mut self, path: TreePath, leaf: &Leaf, base: &Found, hidden: bool) -> Result<(), WalkError> {
+    fn leaf(&mut self, path: TreePath, leaf: Leaf, base: &Found, hidden: bool) -> Result<(), WalkError> {
         // A file where the way to the subtree was: the subtree holds nothing.
         if !path.starts_with(&self.subtree) {
             return Ok(());
         }
         if let (false, Found::Leaf(base)) = (hidden, base)
-            && same_leaf(leaf, base, self.layers.namespace(), &path)?
+            && same_leaf(&leaf, base, self.layers.namespace(), &path)?
         {
             return Ok(());
         }
         let (marks, xattrs) = self.attributes(&leaf.node, &path)?;
         check_index(&leaf.node, &marks, base, &path)?;
+        let meta = leaf.node.stat.meta;
         let kind = match self.links.seen(&path, &leaf.node.stat, leaf.layer > 0)? {
             Some(first) => EntryKind::Link(first),
-            None => kind_of(leaf, &path)?,
+            None => leaf.into_kind().at(&path)?.ok_or_else(|| WalkError::Changed(path.clone()))?,
         };
-        let entry = Entry { meta: leaf.node.stat.meta, xattrs, kind };
+        let entry = Entry { meta, xattrs, kind };
         self.say(path, What::Entry(entry), base.exists());
         Ok(())
     }
@@ -391,15 +392,4 @@ impl Found {
     pub(super) fn exists(&self) -> bool {
         matches!(self, Self::Leaf(_) | Self::Dir(_))
     }
-}
-
-fn kind_of(leaf: &Leaf, path: &TreePath) -> Result<EntryKind, WalkError> {
-    Ok(match leaf.node.stat.kind {
-        FileType::RegularFile => EntryKind::File(content(leaf).at(path)?),
-        FileType::Symlink => EntryKind::Symlink(leaf.node.read_link().at(path)?),
-        FileType::CharacterDevice => EntryKind::Char(leaf.node.stat.rdev),
-        FileType::BlockDevice => EntryKind::Block(leaf.node.stat.rdev),
-        FileType::Fifo => EntryKind::Fifo,
-        _ => return Err(WalkError::Changed(path.clone())),
-    })
 }

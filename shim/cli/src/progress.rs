@@ -2,10 +2,11 @@
 //!
 //! Shown only on a terminal, and only once the work has taken a second.
 
+use std::fmt;
 use std::io::{IsTerminal as _, Read};
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{BinaryBytes, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use tokio::task::AbortHandle;
 
 /// Work that is done sooner needs no bar.
@@ -23,9 +24,9 @@ impl Progress {
     /// Nothing to see yet, and never with `quiet`.
     pub fn begin(quiet: bool) -> Self {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
-        let style = ProgressStyle::with_template("{spinner} {msg}: {bytes} ({bytes_per_sec})");
+        let style = ProgressStyle::with_template("{spinner} {msg}{done}");
         // The template is ours and parses; without it the bar has its own.
-        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()).with_key("done", done));
         let appears = (!quiet && std::io::stderr().is_terminal()).then(|| appear(bar.clone()));
         Self { bar, appears }
     }
@@ -45,6 +46,14 @@ impl Progress {
     /// Counts what is read.
     pub fn reading<R: Read>(&self, source: R) -> impl Read + use<R> {
         self.bar.wrap_read(source)
+    }
+}
+
+/// Bytes and rate, once there are any: some work has none to count.
+fn done(state: &ProgressState, line: &mut dyn fmt::Write) {
+    if state.pos() > 0 {
+        // A line that cannot be written is one redraw later by a tenth of a second.
+        let _ = write!(line, ": {} ({}/s)", BinaryBytes(state.pos()), BinaryBytes(state.per_sec() as u64));
     }
 }
 

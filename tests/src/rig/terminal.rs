@@ -18,7 +18,7 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Starts a command on a new terminal of this size (columns, rows).
+    /// Starts a command, with its environment, on a new terminal of this size (columns, rows).
     pub fn run(command: &mut Command, size: (u16, u16)) -> Self {
         let pty = nix::pty::openpty(None, None).expect("the host has pseudo terminals");
         let slave = || pty.slave.try_clone().expect("enough file descriptors");
@@ -26,6 +26,7 @@ impl Terminal {
         // `setsid --ctty` makes the terminal the command's controlling one, so that it gets SIGWINCH.
         let mut session = Command::new("setsid");
         session.args(["--ctty", "--wait"]).arg(command.get_program()).args(command.get_args());
+        session.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
         let child = session.stdin(slave()).stdout(slave()).stderr(slave()).spawn().expect("setsid starts");
         let master = File::from(pty.master);
         let seen = Arc::new(Mutex::new(Vec::new()));

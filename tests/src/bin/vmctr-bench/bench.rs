@@ -1,5 +1,6 @@
 //! What every benchmark works with: the rig, the subjects, how often to repeat, where samples go.
 
+use std::path::Path;
 use std::process::Stdio;
 
 use vmctr_tests::rig::command::Running;
@@ -7,7 +8,7 @@ use vmctr_tests::rig::container::{Container, Run};
 use vmctr_tests::rig::{RUNC, Rig, VMCTR};
 
 use super::machine;
-use super::results::{Key, REFERENCE, Results, Unit};
+use super::results::{COMMIT_REFERENCE, Key, REFERENCE, Results, Unit};
 
 /// Who is measured. A further way to start a VM is a further subject.
 #[derive(Debug, PartialEq, Eq)]
@@ -33,7 +34,7 @@ pub const STARTS: [Subject; 3] = [TEMPLATE, COLD, RUNC_ITSELF];
 pub const POOLED: [Subject; 1] = [POOL];
 
 /// Who commits beside vmctr.
-pub const BUILDAH: Subject = Subject { name: "buildah", runtime: RUNC, annotations: &[] };
+pub const BUILDAH: Subject = Subject::named(COMMIT_REFERENCE);
 
 impl Subject {
     /// One that runs no containers.
@@ -145,6 +146,12 @@ impl<'rig> Bench<'rig> {
     pub fn container_of(&mut self, subject: &Subject, image: &str) -> Run<'rig> {
         let name = self.next_name();
         subject.of(self.rig.container_of(image, &name))
+    }
+
+    /// A container of a folder.
+    pub fn container_in(&mut self, subject: &Subject, root: &Path) -> Run<'rig> {
+        let name = self.next_name();
+        subject.of(self.rig.container_in(root, &name))
     }
 
     /// A container that runs and does nothing.

@@ -12,7 +12,6 @@
 //! left, whether the program ends by itself, fails or is interrupted.
 
 mod bench;
-mod buildah;
 mod commit;
 mod concurrent;
 mod log;

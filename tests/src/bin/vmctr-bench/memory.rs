@@ -102,7 +102,7 @@ fn used(rig: &Rig, container: &Container) -> Used {
 }
 
 /// The shim, which names its container on its command line.
-fn shim(rig: &Rig, id: &str) -> u32 {
+pub fn shim(rig: &Rig, id: &str) -> u32 {
     let argument = format!(" -id {id} ");
     let is_shim = |pid: &u32| {
         let line = proc::command_line(*pid);

@@ -15,6 +15,9 @@ pub const REFERENCE: &str = "runc";
 /// The same for unions, which no container has to do with.
 pub const UNION_REFERENCE: &str = "overlayfs";
 
+/// The same for commits, of which runc has none.
+pub const COMMIT_REFERENCE: &str = "buildah";
+
 /// What a sample is counted in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
@@ -28,6 +31,8 @@ pub enum Unit {
     Microseconds,
     /// Less is better.
     Turns,
+    /// Processor time by time.
+    Cores,
 }
 
 impl Unit {
@@ -38,6 +43,7 @@ impl Unit {
             Self::MibPerSecond => "MiB/s",
             Self::Microseconds => "µs",
             Self::Turns => "turns",
+            Self::Cores => "cores",
         }
     }
 
@@ -45,7 +51,7 @@ impl Unit {
     pub fn show(self, value: f64) -> String {
         let digits = match self {
             Self::Seconds => 3,
-            Self::Mib => 1,
+            Self::Mib | Self::Cores => 1,
             Self::MibPerSecond | Self::Microseconds | Self::Turns => 0,
         };
         format!("{value:.digits$} {}", self.name())
@@ -139,7 +145,7 @@ impl Results {
 }
 
 fn is_reference(subject: &str) -> bool {
-    matches!(subject, REFERENCE | UNION_REFERENCE)
+    matches!(subject, REFERENCE | UNION_REFERENCE | COMMIT_REFERENCE)
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
 //! The results as a table for people: ratios first, one line for each figure, what it is compared with beneath it:
-//! runc, or for unions the kernel's overlay.
+//! runc, for commits buildah, for unions the kernel's overlay.
 
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::Value;
@@ -44,7 +44,10 @@ fn in_order(figures: &[Figure]) -> Vec<&Figure> {
 }
 
 fn row(results: &Results, figure: &Figure) -> [String; 6] {
-    let ratio = results.ratio(figure).map_or_else(String::new, |ratio| format!("{ratio:.1}"));
+    let ratio = results.ratio(figure).map_or_else(String::new, |ratio| match ratio < 1.0 {
+        true => format!("{ratio:.2}"),
+        false => format!("{ratio:.1}"),
+    });
     let (least, most) = figure.samples.range();
     [
         ratio,

@@ -10,6 +10,8 @@ use nix::mount::{MntFlags, umount2};
 use serde_json::Value;
 use vmctr_tests::rig::command::{self, Output};
 
+use super::used::Used;
+
 /// The storage.
 pub struct Buildah {
     folder: PathBuf,
@@ -36,8 +38,26 @@ impl Buildah {
     }
 
     /// Commits, as gzip where the place is outside the storage.
-    pub fn commit(&self, container: &Working, place: &str) {
-        self.run(&["commit", "--quiet", "--disable-compression=false", &container.id, place]).ok();
+    pub fn commit(&self, container: &Working, place: &str) -> Used {
+        let args = ["commit", "--quiet", "--disable-compression=false", &container.id, place];
+        Used::by(&mut self.command(&args))
+    }
+
+    /// Makes an image of a folder, the first of the storage or after all others; tells where its layer lies.
+    pub fn image(&self, root: &Path, name: &str) -> PathBuf {
+        let before = self.layers();
+        let scratch = self.from("scratch");
+        command::run(Command::new("cp").arg("-a").arg(root.join(".")).arg(&scratch.root)).ok();
+        self.commit(&scratch, name);
+        self.remove(&scratch);
+        let new = self.layers().into_iter().find(|layer| !before.contains(layer));
+        new.expect("an image has a layer")
+    }
+
+    /// Where the layers of images and containers lie.
+    fn layers(&self) -> Vec<PathBuf> {
+        let folders = fs::read_dir(self.folder.join("root/overlay")).into_iter().flatten().flatten();
+        folders.map(|folder| folder.path().join("diff")).filter(|layer| layer.is_dir()).collect()
     }
 
     /// Removes a container.
@@ -46,11 +66,16 @@ impl Buildah {
     }
 
     fn run(&self, args: &[&str]) -> Output {
+        command::run(&mut self.command(args))
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
         let at = |name: &str| self.folder.join(name);
         let mut buildah = Command::new("buildah");
         buildah.arg("--root").arg(at("root")).arg("--runroot").arg(at("run"));
         buildah.args(["--storage-driver", "overlay"]);
-        command::run(buildah.args(args))
+        buildah.args(args);
+        buildah
     }
 }
 
