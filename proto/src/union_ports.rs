@@ -5,8 +5,11 @@
 //!   bus 0 ─┬ 01   balloon
 //!          ├ 02   port for the vsock device of a restored VM
 //!          ├ 03   port for its share
-//!          └ 10 … 17   port 0 … 7 for unions
+//!          └ 06.0 … 06.7   port 0 … 7 for unions
 //! ```
+//!
+//! They are functions of one device, and of this one: a guest without ACPI takes interrupts from a table of the firmware
+//! that is right for the second, third and sixth device only.
 //!
 //! Only a PCI Express machine has them. Another has one union, for as long as it lives.
 
@@ -14,21 +17,30 @@
 /// the usual size.
 pub const COUNT: u32 = 8;
 
-/// Device numbers on the first bus of the ports for a restored VM's own devices: vsock, share.
-pub const LATE: [u32; 2] = [2, 3];
-
-const FIRST: u32 = 0x10;
-
-/// Device number of a port on the first bus.
-#[must_use]
-pub fn device(port: u32) -> u32 {
-    FIRST + port
+/// Device number and function on the first bus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// Device.
+    pub device: u32,
+    /// Function.
+    pub function: u32,
 }
 
-/// The kernel's name for a device on the first bus.
-#[must_use]
-pub fn address(device: u32) -> String {
-    format!("0000:00:{device:02x}.0")
+/// The ports for a restored VM's own devices: vsock, share.
+pub const LATE: [Place; 2] = [Place { device: 2, function: 0 }, Place { device: 3, function: 0 }];
+
+impl Place {
+    /// The place of a union's port.
+    #[must_use]
+    pub const fn of_union(port: u32) -> Self {
+        Self { device: 6, function: port }
+    }
+
+    /// The kernel's name for what is there.
+    #[must_use]
+    pub fn address(self) -> String {
+        format!("0000:00:{:02x}.{}", self.device, self.function)
+    }
 }
 
 #[cfg(test)]
@@ -37,13 +49,12 @@ mod tests {
 
     #[test]
     fn ports_have_places_of_their_own() {
-        let mut all: Vec<_> = (0..COUNT).map(device).chain(LATE).collect();
+        let mut all: Vec<_> = (0..COUNT).map(Place::of_union).chain(LATE).collect();
         all.sort_unstable();
         all.dedup();
         assert_eq!(all.len(), COUNT as usize + LATE.len());
-        // 0x1f is the machine's own, and the last.
-        assert!(all.iter().all(|device| (1..0x1f).contains(device)));
-        assert_eq!(address(device(1)), "0000:00:11.0");
-        assert_eq!(address(LATE[0]), "0000:00:02.0");
+        assert!(all.iter().all(|place| (2..=6).contains(&place.device) && place.function < 8));
+        assert_eq!(Place::of_union(1).address(), "0000:00:06.1");
+        assert_eq!(LATE[0].address(), "0000:00:02.0");
     }
 }

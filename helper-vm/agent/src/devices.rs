@@ -17,7 +17,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use vmctr_proto::{TEMPLATE_POINT, union_ports};
+use vmctr_proto::TEMPLATE_POINT;
+use vmctr_proto::union_ports::{self, Place};
 use vsock::{VMADDR_CID_ANY, get_local_cid};
 
 use crate::boot::console;
@@ -33,7 +34,7 @@ const PAUSE: Duration = Duration::from_millis(4);
 /// Returns when the guest has a context ID, so a vsock device that works. A guest that has to wait, as its VM
 /// becomes a template, prepares itself first.
 pub async fn wait<E: From<io::Error>>(prepare: impl Future<Output = Result<(), E>>) -> Result<(), E> {
-    let unions = (0..union_ports::COUNT).map(union_ports::device);
+    let unions = (0..union_ports::COUNT).map(Place::of_union);
     union_ports::LATE.into_iter().chain(unions).filter_map(Port::at).try_for_each(|port| port.switch_on())?;
     if is_there()? {
         return Ok(());
@@ -68,9 +69,9 @@ fn is_there() -> io::Result<bool> {
 pub struct Port(PathBuf);
 
 impl Port {
-    /// The port with this device number on the first bus, if there is one.
-    pub fn at(device: u32) -> Option<Self> {
-        let path = Path::new(DEVICES).join(union_ports::address(device));
+    /// The port at this place, if there is one.
+    pub fn at(place: Place) -> Option<Self> {
+        let path = Path::new(DEVICES).join(place.address());
         // Only bridges have a bus.
         path.join("pci_bus").is_dir().then_some(Self(path))
     }

@@ -18,7 +18,8 @@ use rustix::fs::syncfs;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use vmctr_fileshare::export::guest::{Layers, ServeError, Server};
-use vmctr_proto::{guest_paths, union_ports};
+use vmctr_proto::guest_paths;
+use vmctr_proto::union_ports::{self, Place};
 
 use crate::devices::Port;
 use crate::exports::{self, Exports};
@@ -102,7 +103,7 @@ impl Union {
             Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
             Err(errno) => return Err(io_error(format!("unmounting {}", share.display()))(errno)),
         }
-        let port = Port::at(union_ports::device(self.0));
+        let port = Port::at(Place::of_union(self.0));
         port.map_or(Ok(()), |port| port.clear()).map_err(io_error("letting the union's device go"))?;
         match fs::remove_dir(&share) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -114,7 +115,7 @@ impl Union {
     }
 
     fn mount_share(self, share: &Path) -> Result<()> {
-        let port = Port::at(union_ports::device(self.0));
+        let port = Port::at(Place::of_union(self.0));
         port.map_or_else(crate::devices::look, |port| port.look())
             .map_err(io_error("looking for the union's device"))?;
         let tag = guest_paths::union_tag(self.0);
@@ -142,7 +143,8 @@ impl Union {
 /// Mounting an overlay of many folders takes a change of the working directory, which must not be everybody's.
 fn mount_apart(plan: RootPlan, share: PathBuf, dir: PathBuf) -> Result<Server> {
     let mount = move || {
-        nix::sched::unshare(CloneFlags::CLONE_FS).map_err(io_error("leaving the common working directory"))?;
+        nix::sched::unshare(CloneFlags::CLONE_FS)
+            .map_err(io_error("leaving the common working directory"))?;
         rootfs::build(&plan, Form::Union, &share, &dir)?;
         let server = Server::new(&dir.join(rootfs::ROOTFS))?;
         let layers = open_layers(&plan, &share).map_err(io_error("opening the layers"))?;

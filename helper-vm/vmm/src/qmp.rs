@@ -103,7 +103,8 @@ pub(crate) struct Qmp {
 impl Qmp {
     /// Waits for the greeting and leaves negotiation mode. QEMU greets when its devices are set up.
     pub(crate) async fn connect(stream: UnixStream) -> Result<Self, QmpError> {
-        let mut qmp = Self { lines: LineReader::new(stream, LINE_LIMIT), shutdown: None, deleted: BTreeSet::new() };
+        let mut qmp =
+            Self { lines: LineReader::new(stream, LINE_LIMIT), shutdown: None, deleted: BTreeSet::new() };
         match qmp.read().await? {
             Message::Greeting { .. } => qmp.execute("qmp_capabilities").await.map(|()| qmp),
             _ => Err(QmpError::Message("no greeting".to_owned())),
@@ -342,7 +343,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_device_is_gone_once_for_each_time_that_qemu_says_so() {
-        let deleted = |name: &str| format!(r#"{{"event": "DEVICE_DELETED", "data": {{"device": "{name}", "path": "/"}}}}"#);
+        let deleted = |name: &str| {
+            format!(r#"{{"event": "DEVICE_DELETED", "data": {{"device": "{name}", "path": "/"}}}}"#)
+        };
         let (one, other) = (deleted("union-1"), deleted("union-2"));
         let nameless = r#"{"event": "DEVICE_DELETED", "data": {"path": "/machine/peripheral/union-1/x"}}"#;
         let (qmp, theirs) = scripted(&[GREETING, OK, nameless, &other, OK, &one]).await;

@@ -89,7 +89,9 @@ impl Error {
     fn code(&self) -> Code {
         match self {
             Self::Lookup(LookupError::Missing(_)) => Code::NotFound,
-            Self::Lookup(LookupError::Exists(_)) | Self::Union(unions::Error::Exists(_)) => Code::AlreadyExists,
+            Self::Lookup(LookupError::Exists(_)) | Self::Union(unions::Error::Exists(_)) => {
+                Code::AlreadyExists
+            }
             Self::Name(_) | Self::Spec(_) | Self::Root(_) | Self::Argument(_) => Code::InvalidArgument,
             Self::Helper(HelperError::Program(_)) => Code::InvalidArgument,
             Self::State { .. } | Self::Busy { .. } | Self::Still(_) | Self::Union(unions::Error::Used(_)) => {

@@ -15,7 +15,7 @@
 
 use serde_json::{Value, json};
 use vmctr_proto::guest_paths::{SHARE_TAG, union_tag};
-use vmctr_proto::union_ports;
+use vmctr_proto::union_ports::{self, LATE, Place};
 
 use crate::jail::GuestFile;
 use crate::spec::{Machine, Vcpus, VmSpec};
@@ -210,13 +210,25 @@ fn devices(args: &mut Vec<String>, machine: Machine, purpose: Purpose, fds: Qemu
 }
 
 fn ports(args: &mut Vec<String>, purpose: Purpose) {
-    let late = [VSOCK_PORT, SHARE_PORT].map(str::to_owned).into_iter().zip(union_ports::LATE);
-    let late = late.filter(|_| purpose != Purpose::Boot);
-    let unions = (0..union_ports::COUNT).map(|port| (union_port(port), union_ports::device(port)));
-    for (name, at) in late.chain(unions) {
-        add(args, "-device", format!("pcie-root-port,id={name},chassis={at},slot={at},addr={at:#x}"));
+    let mut add_port = |name: &str, slot: u32, Place { device, function }: Place| {
+        let many = if function == 0 && device != UNIONS { "" } else { ",multifunction=on" };
+        let place = format!("addr={device}.{function}{many}");
+        add(args, "-device", format!("pcie-root-port,id={name},chassis={slot},slot={slot},{place}"));
+    };
+    if purpose != Purpose::Boot {
+        for (slot, (name, place)) in (1..).zip([VSOCK_PORT, SHARE_PORT].into_iter().zip(LATE)) {
+            add_port(name, slot, place);
+        }
+    }
+    for port in 0..union_ports::COUNT {
+        add_port(&union_port(port), FIRST_UNION_SLOT + port, Place::of_union(port));
     }
 }
+
+/// The device whose functions are the ports for unions.
+const UNIONS: u32 = Place::of_union(0).device;
+/// Slots have numbers of their own, after those of the ports for a restored VM's devices.
+const FIRST_UNION_SLOT: u32 = 3;
 
 fn union_port(port: u32) -> String {
     format!("union-port-{port}")
@@ -314,14 +326,14 @@ mod tests {
 -chardev socket,id=console,fd=4
 -serial chardev:console
 -device virtio-balloon-pci,free-page-reporting=on
--device pcie-root-port,id=union-port-0,chassis=16,slot=16,addr=0x10
--device pcie-root-port,id=union-port-1,chassis=17,slot=17,addr=0x11
--device pcie-root-port,id=union-port-2,chassis=18,slot=18,addr=0x12
--device pcie-root-port,id=union-port-3,chassis=19,slot=19,addr=0x13
--device pcie-root-port,id=union-port-4,chassis=20,slot=20,addr=0x14
--device pcie-root-port,id=union-port-5,chassis=21,slot=21,addr=0x15
--device pcie-root-port,id=union-port-6,chassis=22,slot=22,addr=0x16
--device pcie-root-port,id=union-port-7,chassis=23,slot=23,addr=0x17
+-device pcie-root-port,id=union-port-0,chassis=3,slot=3,addr=6.0,multifunction=on
+-device pcie-root-port,id=union-port-1,chassis=4,slot=4,addr=6.1,multifunction=on
+-device pcie-root-port,id=union-port-2,chassis=5,slot=5,addr=6.2,multifunction=on
+-device pcie-root-port,id=union-port-3,chassis=6,slot=6,addr=6.3,multifunction=on
+-device pcie-root-port,id=union-port-4,chassis=7,slot=7,addr=6.4,multifunction=on
+-device pcie-root-port,id=union-port-5,chassis=8,slot=8,addr=6.5,multifunction=on
+-device pcie-root-port,id=union-port-6,chassis=9,slot=9,addr=6.6,multifunction=on
+-device pcie-root-port,id=union-port-7,chassis=10,slot=10,addr=6.7,multifunction=on
 -chardev socket,id=vsock,fd=5
 -chardev socket,id=share,fd=6
 -device vhost-user-vsock-pci,chardev=vsock
@@ -365,7 +377,9 @@ mod tests {
         assert_eq!(late_vsock(Machine::Q35)["bus"], "late-vsock");
         assert_eq!(late_share(Machine::Q35)["bus"], "late-share");
         assert_eq!(late_vsock(Machine::Pc)["bus"], "pci.0");
-        assert!(lines(&restored).contains("\n-device pcie-root-port,id=union-port-7,chassis=23,slot=23,addr=0x17\n"));
+        assert!(lines(&restored).contains(
+            "\n-device pcie-root-port,id=union-port-7,chassis=10,slot=10,addr=6.7,multifunction=on\n"
+        ));
         assert_eq!(union_share(Machine::Q35, 7)["bus"], "union-port-7");
         assert_eq!(union_share(Machine::Pc, 0)["bus"], "pci.0");
         assert!(

@@ -8,9 +8,10 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 use vmctr_proto::agent::agent_server::{Agent, AgentServer};
 use vmctr_proto::agent::{
-    AddUnionRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, EventsRequest, ExitEvent,
-    ExportContainerReply, HelloReply, HelloRequest, MountShareRequest, PidsReply, ProcessId,
-    ProcessRef, ResizePtyRequest, SignalRequest, StartReply, StatsReply, UnionRef, UpdateRequest, UpperChunk, event,
+    AddUnionRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, EventsRequest,
+    ExitEvent, ExportContainerReply, HelloReply, HelloRequest, MountShareRequest, PidsReply, ProcessId,
+    ProcessRef, ResizePtyRequest, SignalRequest, StartReply, StatsReply, UnionRef, UpdateRequest, UpperChunk,
+    event,
 };
 use vmctr_proto::ports;
 

@@ -19,12 +19,12 @@ use vmctr_proto::{guest_paths, ports};
 use vmctr_vmm::accel::{self, AccelError};
 use vmctr_vmm::assets::{AssetError, GuestAssets};
 use vmctr_vmm::config::Config;
+use vmctr_vmm::error_chain;
 use vmctr_vmm::origin::{Machine, Origins};
 use vmctr_vmm::qemu::{Qemu, QemuError};
 use vmctr_vmm::run_dir::RunDir;
 use vmctr_vmm::spec::{Host, Limits, SpecError, VmSpec};
 use vmctr_vmm::vm::{Origin, Vm, VmError, VmStart};
-use vmctr_vmm::error_chain;
 
 use super::check::Plan;
 

@@ -259,7 +259,11 @@ impl Owner {
 
     /// A union has left its port. With the last of them the VM ends.
     async fn leave(&mut self, port: u32, is_free: bool) {
-        if is_free { self.ports.free(port) } else { self.ports.spoil(port) }
+        if is_free {
+            self.ports.free(port)
+        } else {
+            self.ports.spoil(port)
+        }
         self.places.remove(&port);
         if self.ports.taken() == 0 {
             self.close();
