@@ -133,12 +133,12 @@ fn two_unions_share_a_vm_and_nothing_else() {
 #[test]
 fn a_union_may_have_a_vm_of_its_own() {
     let rig = Rig::vmctr();
-    let unions = Unions::new(&rig, &["a", "b", "c"]);
+    let unions = Unions::new(&rig, &["a", "b", "d"]);
     unions.try_mount("a", &["--own-vm"]).ok();
     unions.mount("b");
-    unions.try_mount("c", &["-o", "own_vm"]).ok();
+    unions.try_mount("d", &["-o", "own_vm"]).ok();
     assert_eq!(unions.vms().len(), 3, "{:?}", unions.list());
-    for name in ["a", "b", "c"] {
+    for name in ["a", "b", "d"] {
         assert!(unions.works(name));
         unions.umount(name);
     }
@@ -161,7 +161,7 @@ fn a_union_that_finds_its_vm_full_gets_another() {
 #[test]
 fn mounts_at_the_same_moment_find_each_other() {
     let rig = Rig::vmctr();
-    let names = ["a", "b", "c", "d"];
+    let names = ["a", "b", "d", "e"];
     let unions = Unions::new(&rig, &names);
     let mounts = names.map(|name| {
         let mut mount = rig.vmctr_command();

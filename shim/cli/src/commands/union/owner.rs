@@ -16,7 +16,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use rustix::process::geteuid;
@@ -46,12 +46,17 @@ const QUEUE: usize = 32;
 /// Who orders has the order ready, and waits for answers.
 const PEER_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long an order waits for a union that was unmounted a moment ago to leave its place.
+const LEAVING_LIMIT: Duration = Duration::from_secs(3);
+const LEAVING_POLL: Duration = Duration::from_millis(20);
+
 /// Pause after a failed accept, so that running out of files does not spin.
 const RETRY: Duration = Duration::from_millis(100);
 
 /// What happens to an owner.
 enum Event {
-    Order(Plan, UnixStream),
+    /// And since when it waits for another to leave its mountpoint.
+    Order(Plan, UnixStream, Instant),
     Failed(u32, Failed, Asker),
     Ended(u32, Ended),
     /// Out of the VM, and whether its port is free.
@@ -163,7 +168,10 @@ impl Owner {
 
     async fn handle(&mut self, event: Event) {
         match event {
-            Event::Order(plan, stream) => self.order(plan, Asker::Peer(stream)).await,
+            Event::Order(plan, stream, since) if self.is_leaving(&plan, since) => {
+                self.order_later(plan, stream, since)
+            }
+            Event::Order(plan, stream, _) => self.order(plan, Asker::Peer(stream)).await,
             Event::Failed(port, failed, mut asker) => {
                 self.leave(port, failed.port_is_free).await;
                 // Who does not wait any more has nothing to undo.
@@ -185,9 +193,27 @@ impl Owner {
         }
     }
 
+    /// Whether the union before it at this place is to be waited for.
+    fn is_leaving(&self, plan: &Plan, since: Instant) -> bool {
+        self.is_there(plan) && since.elapsed() < LEAVING_LIMIT
+    }
+
+    fn is_there(&self, plan: &Plan) -> bool {
+        self.places.values().any(|place| *place == plan.mountpoint)
+    }
+
+    fn order_later(&self, plan: Plan, stream: UnixStream, since: Instant) {
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            sleep(LEAVING_POLL).await;
+            // Without an owner the stream closes, which tells.
+            let _ = events.send(Event::Order(plan, stream, since)).await;
+        });
+    }
+
     async fn order(&mut self, plan: Plan, mut asker: Asker) {
         let usable = self.listening.is_some() && self.helper.vm().state().borrow().is_usable();
-        let is_there = self.places.values().any(|place| *place == plan.mountpoint);
+        let is_there = self.is_there(&plan);
         let port = if usable && !is_there { self.ports.take() } else { None };
         let answer = if is_there || port.is_some() { Answer::Taken } else { Answer::Declined };
         let told = asker.tell(&answer).await;
@@ -322,7 +348,7 @@ async fn accept(listener: UnixListener, events: mpsc::Sender<Event>) {
 async fn hear(mut stream: UnixStream, events: mpsc::Sender<Event>) {
     match timeout(PEER_LIMIT, read_order(&mut stream)).await {
         // Without an owner the stream closes, which tells.
-        Ok(Ok(plan)) => drop(events.send(Event::Order(plan, stream)).await),
+        Ok(Ok(plan)) => drop(events.send(Event::Order(plan, stream, Instant::now())).await),
         Ok(Err(error)) => warn!("An order is not understood: {error:#}"),
         Err(_) => warn!("An order did not come in time"),
     }

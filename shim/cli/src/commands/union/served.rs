@@ -43,11 +43,7 @@ impl Served {
     pub async fn until_gone(&self, mut end: watch::Receiver<bool>, cause: impl Fn() -> String) -> bool {
         let (mut lost, mut until, mut told) = (false, None, Figures::default());
         while !self.export.is_gone() && until.is_none_or(|until| Instant::now() < until) {
-            if let Some(why) = self.export.lost()
-                && !std::mem::replace(&mut lost, true)
-            {
-                self.note(&format!("The mount fails: {why}; {}", cause()));
-            }
+            lost = self.look(lost, &cause);
             let figures = self.export.figures();
             if figures != told {
                 // For whoever asks: a union does not depend on them.
@@ -62,6 +58,17 @@ impl Served {
                     until = Some(Instant::now() + GRACE);
                 }
             }
+        }
+        // It may have failed and been unmounted since the last look.
+        self.look(lost, &cause)
+    }
+
+    /// Whether the mount fails; noted when that is news.
+    fn look(&self, lost: bool, cause: &impl Fn() -> String) -> bool {
+        let why = self.export.lost();
+        if let Some(why) = why.filter(|_| !lost) {
+            self.note(&format!("The mount fails: {why}; {}", cause()));
+            return true;
         }
         lost
     }
