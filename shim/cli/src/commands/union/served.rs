@@ -59,8 +59,8 @@ impl Served {
                 }
             }
         }
-        // It may have failed and been unmounted since the last look.
-        self.look(lost, &cause)
+        // What failed since the last look may have done so after the unmount, when nobody could see it: not counted.
+        lost
     }
 
     /// Whether the mount fails; noted when that is news.
