@@ -359,12 +359,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_socket_goes_with_the_line_that_names_it() {
-        let (qmp, theirs) = scripted(&[GREETING, OK, OK, OK]).await;
+        let (qmp, mut theirs) = scripted(&[GREETING, OK, OK, OK]).await;
         let (given, _other) = std::os::unix::net::UnixStream::pair().unwrap();
-        qmp.unwrap().add_socket("union-1", given.into()).await.unwrap();
-        let mut text = [0; 4096];
-        let read = theirs.try_read(&mut text).unwrap();
-        let text = String::from_utf8_lossy(&text[..read]).into_owned();
+        let mut qmp = qmp.unwrap();
+        qmp.add_socket("union-1", given.into()).await.unwrap();
+        drop(qmp);
+        let mut text = String::new();
+        tokio::io::AsyncReadExt::read_to_string(&mut theirs, &mut text).await.unwrap();
         assert!(text.contains(r#"{"arguments":{"fdname":"union-1"},"execute":"getfd"}"#), "{text}");
     }
 }
