@@ -13,8 +13,7 @@
 //!
 //! Only a PCI Express machine has them. Another has one union, for as long as it lives.
 
-/// How many there are. An empty one costs the guest's kernel 20 KiB and nothing else; that many unions fit in a VM of
-/// the usual size.
+/// How many there are: the functions that one device has.
 pub const COUNT: u32 = 8;
 
 /// Device number and function on the first bus.
