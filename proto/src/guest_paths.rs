@@ -17,3 +17,15 @@ pub const WORK: &str = "work";
 pub fn lower(index: usize) -> String {
     format!("lower/{index}")
 }
+
+/// Where the agent mounts the share of a union; below it as in [`SHARE_DIR`].
+#[must_use]
+pub fn union_share(port: u32) -> String {
+    format!("/run/vmctr/unions/{port}")
+}
+
+/// virtiofs tag of a union's share.
+#[must_use]
+pub fn union_tag(port: u32) -> String {
+    format!("vmctr-{port}")
+}

@@ -10,6 +10,7 @@ mod cid;
 pub mod guest_paths;
 pub mod manifest;
 pub mod ports;
+pub mod union_ports;
 
 pub use cid::{CidError, GuestCid};
 

@@ -1,45 +1,42 @@
 //! Exports: folders of the guest, served to the host.
 //!
 //! ```text
-//!   add(N)          /run/vmctr/exports/N/rootfs <─ overlay of share/lower/... and share/upper ──> Server N
-//!   add_container   containers/cN/rootfs ── behind the container's gate ────────────────────────> Server N
+//!   add(N)          a union, see `unions` ───────────────────────> Server N
+//!   add_container   containers/cN/rootfs, behind the container's gate ──> Server N
 //!   stream on vsock EXPORT ─ hello: N ──> a thread in Server N until the host closes the stream, or Server N ends
 //! ```
 //!
-//! An export of the share stays until the guest ends. A container's ends with its container, or when its last stream
+//! A union's stays until the union is removed. A container's ends with its container, or when its last stream
 //! closes: then nothing holds the container's root any more. Streams are bounded, and so is the time that one may
 //! take to say hello.
 
 use std::collections::HashMap;
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Builder};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use nix::sched::CloneFlags;
 use rustix::io::Errno;
 use rustix::net::Shutdown;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use tokio::sync::Notify;
-use vmctr_fileshare::export::guest::{Gate, Layers, ServeError, Server};
+use vmctr_fileshare::export::guest::{Gate, ServeError, Server};
 use vmctr_fileshare::export::wire::hello::{Hello, HelloError};
 use vmctr_fileshare::export::wire::stream::Stream;
 use vmctr_proto::ports;
 use vsock::{VMADDR_CID_ANY, VsockListener};
 
 use crate::boot::console;
-use crate::rootfs::{self, Form, RootPlan, Upper};
-
-const DIR: &str = "/run/vmctr/exports";
 
 /// The host takes a few for each export.
 const MAX_STREAMS: usize = 1024;
 /// How long the host has to say hello.
 const HELLO_TIME: Duration = Duration::from_secs(10);
+/// Between two looks whether an export's threads have ended.
+const POLL: Duration = Duration::from_millis(2);
 /// Pause after a failed accept, so that running out of files does not spin.
 const RETRY: Duration = Duration::from_millis(100);
 /// Each file that the host's kernel remembers is an open file here: memory is what bounds them.
@@ -82,12 +79,8 @@ pub struct Lent {
 /// An export cannot be.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("export {0} is there already")]
-    Exists(u32),
     #[error("there are too many exports")]
     Full,
-    #[error(transparent)]
-    Mount(#[from] rootfs::Error),
     #[error("{0}")]
     Io(String, #[source] io::Error),
     #[error(transparent)]
@@ -109,20 +102,15 @@ impl Exports {
         Ok(exports)
     }
 
-    /// Mounts an overlay and serves it under this number. Blocks.
-    pub fn add(&self, number: u32, plan: RootPlan) -> Result<(), Error> {
-        if self.table().exports.contains_key(&number) {
-            return Err(Error::Exists(number));
-        }
+    /// Serves a union under this number; false when that is taken.
+    pub fn add(&self, number: u32, server: Server) -> Result<bool, Error> {
         allow_open_files()?;
-        let dir = Path::new(DIR).join(number.to_string());
-        fs::create_dir_all(&dir).map_err(io_error(format!("creating {}", dir.display())))?;
-        let server = mount_apart(plan, dir.clone()).inspect_err(|_| {
-            // The first error is the one to tell.
-            let _ = rootfs::remove(&dir);
-        })?;
-        self.table().exports.insert(number, Export::new(server, None));
-        Ok(())
+        let mut table = self.table();
+        let free = !table.exports.contains_key(&number);
+        if free {
+            table.exports.insert(number, Export::new(server, None));
+        }
+        Ok(free)
     }
 
     /// Serves a container's root under a number of its own. Blocks.
@@ -143,9 +131,23 @@ impl Exports {
 
     /// Ends an export: its streams close, which tells the host.
     pub fn end(&self, number: u32) {
-        if let Some(export) = self.table().exports.remove(&number) {
-            export.end();
+        let ended = self.table().exports.remove(&number);
+        ended.into_iter().for_each(Export::end);
+    }
+
+    /// As [`Exports::end`], and waits for its threads; false when they take too long. Blocks.
+    pub fn end_patiently(&self, number: u32, limit: Duration) -> bool {
+        let Some(export) = self.table().exports.remove(&number) else { return true };
+        let server = Arc::downgrade(&export.server);
+        export.end();
+        let until = Instant::now() + limit;
+        while server.strong_count() > 0 {
+            if Instant::now() >= until {
+                return false;
+            }
+            thread::sleep(POLL);
         }
+        true
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -242,29 +244,4 @@ fn allow_open_files() -> Result<(), Error> {
 
 fn refuse(stream: &Stream) -> Result<(), HelloError> {
     Hello::refuse(stream, Errno::NOENT.raw_os_error().unsigned_abs())
-}
-
-/// Mounting an overlay of many folders takes a change of the working directory, which must not be everybody's.
-fn mount_apart(plan: RootPlan, dir: PathBuf) -> Result<Server, Error> {
-    let mount = move || {
-        nix::sched::unshare(CloneFlags::CLONE_FS)
-            .map_err(|error| io_error("leaving the common working directory")(error.into()))?;
-        rootfs::build(&plan, Form::Union, &dir)?;
-        let server = Server::new(&dir.join(rootfs::ROOTFS))?;
-        let layers = open_layers(&plan).map_err(io_error("opening the layers"))?;
-        Ok(layers.into_iter().fold(server, Server::with_layers))
-    };
-    let mounting = Builder::new().name("mount".into()).spawn(mount).map_err(io_error("starting a thread"))?;
-    mounting.join().unwrap_or_else(|_| Err(io_error("mounting")(io::Error::other("the thread panicked"))))
-}
-
-fn open_layers(plan: &RootPlan) -> io::Result<Option<Layers>> {
-    let RootPlan::Overlay { lowers, upper } = plan else { return Ok(None) };
-    let place = |folder: &PathBuf| rootfs::in_share(folder).map_err(io::Error::other);
-    let upper = match upper {
-        Upper::Host { upper, .. } => Some(place(upper)?),
-        Upper::None | Upper::Guest { .. } => None,
-    };
-    let lowers = lowers.iter().map(place).collect::<io::Result<Vec<_>>>()?;
-    Layers::open(upper.as_deref(), &lowers).map(Some)
 }

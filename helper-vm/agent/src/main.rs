@@ -5,12 +5,13 @@
 //!               boot        mounts, modules, own cgroup, limits that keep PID 1 alive
 //!               service     gRPC on vsock AGENT, thin: each call becomes one verb
 //!               verbs       create, exec, start, ... : the steps of a call, waiting outside the actor
-//!               devices     waits for the vsock device, which a VM from a template gets after its start
+//!               devices     devices that come and go while the guest runs, such as those of a VM from a template
 //!               network     a network namespace made ahead
 //!               identity    makes randomness and clock this VM's own
 //!               guest       the actor: sole owner of containers, processes, events; reaps
 //!               archive     a guest-side upper folder as a tar stream
-//!               exports     overlays of the share, served to the host on vsock EXPORT
+//!               exports     folders of the guest, served to the host on vsock EXPORT
+//!               unions      overlays of shares that are plugged in later, one export each
 //!               stdio       raw streams on vsock STDIO, one copying thread per stream
 //!               └─ vmctr-agent runtime create|exec ... (short-lived, single-threaded)
 //!                     rootfs   overlay or bind mount of the container's root
@@ -35,6 +36,7 @@ mod service;
 mod spec;
 mod stdio;
 mod sys;
+mod unions;
 mod verbs;
 
 use std::process::ExitCode;

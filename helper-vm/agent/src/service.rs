@@ -11,9 +11,9 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 use vmctr_proto::agent::agent_server::{Agent, AgentServer};
 use vmctr_proto::agent::{
-    ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, EventsRequest,
-    ExportContainerReply, ExportRequest, HelloReply, HelloRequest, MountShareRequest, PidsReply, ProcessRef,
-    ResizePtyRequest, SignalRequest, StartReply, StatsReply, UpdateRequest, UpperChunk,
+    AddUnionRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, EventsRequest,
+    ExportContainerReply, HelloReply, HelloRequest, MountShareRequest, PidsReply, ProcessRef,
+    ResizePtyRequest, SignalRequest, StartReply, StatsReply, UnionRef, UpdateRequest, UpperChunk,
 };
 use vmctr_proto::{PROTOCOL_VERSION, PROTOCOL_VERSION_MIN, negotiate, ports};
 
@@ -204,8 +204,16 @@ impl Agent for Service {
         done(verbs::flush(self.guest.clone())).await
     }
 
-    async fn export(&self, request: Request<ExportRequest>) -> Result<Response<Empty>, Status> {
-        done(verbs::export(self.exports.clone(), request.into_inner())).await
+    async fn add_union(&self, request: Request<AddUnionRequest>) -> Result<Response<Empty>, Status> {
+        done(verbs::add_union(self.exports.clone(), request.into_inner())).await
+    }
+
+    async fn flush_union(&self, request: Request<UnionRef>) -> Result<Response<Empty>, Status> {
+        done(verbs::flush_union(request.into_inner())).await
+    }
+
+    async fn remove_union(&self, request: Request<UnionRef>) -> Result<Response<Empty>, Status> {
+        done(verbs::remove_union(self.exports.clone(), request.into_inner())).await
     }
 
     async fn export_container(

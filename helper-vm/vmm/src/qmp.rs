@@ -7,12 +7,16 @@
 //!   greeting ──> qmp_capabilities ──> { command ──> return | error }*     events between any two lines
 //! ```
 
-use std::io;
+use std::collections::BTreeSet;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncWriteExt as _, Interest};
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
 
@@ -23,6 +27,12 @@ const LINE_LIMIT: usize = 64 * 1024;
 
 /// How long QEMU may take to answer a command.
 const REPLY_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long QEMU may take to take out a device whose port was switched off.
+const DELETED_LIMIT: Duration = Duration::from_secs(2);
+
+/// More devices than a machine ever had.
+const MAX_DELETED: usize = 64;
 
 /// QEMU did not do what it was told.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +54,9 @@ pub enum QmpError {
         /// In QEMU's words.
         description: String,
     },
+    /// The device stays.
+    #[error("QEMU did not take out a device within {} s", DELETED_LIMIT.as_secs())]
+    NotDeleted,
     /// No answer.
     #[error("QEMU did not answer {command} within {} s", REPLY_LIMIT.as_secs())]
     Silent {
@@ -83,12 +96,15 @@ struct ErrorBody {
 pub(crate) struct Qmp {
     lines: LineReader<UnixStream>,
     shutdown: Option<String>,
+    /// Named devices that are gone, until somebody has asked for them.
+    deleted: BTreeSet<String>,
 }
 
 impl Qmp {
     /// Waits for the greeting and leaves negotiation mode. QEMU greets when its devices are set up.
     pub(crate) async fn connect(stream: UnixStream) -> Result<Self, QmpError> {
-        let mut qmp = Self { lines: LineReader::new(stream, LINE_LIMIT), shutdown: None };
+        let mut qmp =
+            Self { lines: LineReader::new(stream, LINE_LIMIT), shutdown: None, deleted: BTreeSet::new() };
         match qmp.read().await? {
             Message::Greeting { .. } => qmp.execute("qmp_capabilities").await.map(|()| qmp),
             _ => Err(QmpError::Message("no greeting".to_owned())),
@@ -118,6 +134,52 @@ impl Qmp {
     /// Plugs a device in.
     pub(crate) async fn device_add(&mut self, device: Value) -> Result<(), QmpError> {
         self.ask("device_add", device).await.map(drop)
+    }
+
+    /// Gives QEMU a connected socket, as a character device with this name.
+    pub(crate) async fn add_socket(&mut self, name: &str, socket: OwnedFd) -> Result<(), QmpError> {
+        let line = command("getfd", &json!({ "fdname": name }));
+        self.send_with(&line, socket).await?;
+        self.answer("getfd").await?;
+        let address = json!({ "type": "fd", "data": { "str": name } });
+        let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
+        self.ask("chardev-add", json!({ "id": name, "backend": backend })).await.map(drop)
+    }
+
+    /// Closes such a socket; no device may use it.
+    pub(crate) async fn remove_socket(&mut self, name: &str) -> Result<(), QmpError> {
+        self.ask("chardev-remove", json!({ "id": name })).await.map(drop)
+    }
+
+    /// Waits until QEMU has taken out a device that the guest has switched off. Cancel safe.
+    pub(crate) async fn device_deleted(&mut self, name: &str) -> Result<(), QmpError> {
+        let gone = async {
+            while !self.deleted.remove(name) {
+                self.read().await?;
+            }
+            Ok(())
+        };
+        timeout(DELETED_LIMIT, gone).await.map_err(|_| QmpError::NotDeleted)?
+    }
+
+    /// Forgets what is known of an earlier device with this name.
+    pub(crate) fn forget_deleted(&mut self, name: &str) {
+        self.deleted.remove(name);
+    }
+
+    /// The line is short and QEMU reads at once: it goes whole or not at all.
+    async fn send_with(&mut self, line: &str, socket: OwnedFd) -> Result<(), QmpError> {
+        let fds = [socket.as_fd()];
+        let stream = self.lines.stream_mut();
+        let send = || {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+            let line = [IoSlice::new(line.as_bytes())];
+            Ok(rustix::net::sendmsg(&*stream, &line, &mut ancillary, SendFlags::NOSIGNAL)?)
+        };
+        let sent = stream.async_io(Interest::WRITABLE, send).await?;
+        if sent == line.len() { Ok(()) } else { Err(io::Error::from(io::ErrorKind::WriteZero).into()) }
     }
 
     /// QEMU answers at once and goes on in the background.
@@ -162,10 +224,12 @@ impl Qmp {
         self.ask(command, json!({})).await.map(drop)
     }
 
-    async fn ask(&mut self, command: &'static str, arguments: Value) -> Result<Value, QmpError> {
-        let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
-        line.push('\n');
-        self.lines.stream_mut().write_all(line.as_bytes()).await?;
+    async fn ask(&mut self, name: &'static str, arguments: Value) -> Result<Value, QmpError> {
+        self.lines.stream_mut().write_all(command(name, &arguments).as_bytes()).await?;
+        self.answer(name).await
+    }
+
+    async fn answer(&mut self, command: &'static str) -> Result<Value, QmpError> {
         timeout(REPLY_LIMIT, self.reply(command)).await.map_err(|_| QmpError::Silent { command })?
     }
 
@@ -186,13 +250,26 @@ impl Qmp {
         let Line { bytes, cut } = self.lines.next().await?.ok_or(QmpError::Closed)?;
         let message = if cut { None } else { serde_json::from_slice(&bytes).ok() };
         let message = message.ok_or_else(|| QmpError::Message(shorten(&String::from_utf8_lossy(&bytes))))?;
-        if let Message::Event { event, data } = &message
-            && event == "SHUTDOWN"
-        {
-            self.shutdown = data["reason"].as_str().map(shorten);
+        if let Message::Event { event, data } = &message {
+            self.note(event, data);
         }
         Ok(message)
     }
+
+    fn note(&mut self, event: &str, data: &Value) {
+        match (event, data["device"].as_str()) {
+            ("SHUTDOWN", _) => self.shutdown = data["reason"].as_str().map(shorten),
+            // QEMU belongs to the guest if it fell: what it says is remembered within bounds.
+            ("DEVICE_DELETED", Some(name)) if self.deleted.len() < MAX_DELETED => {
+                self.deleted.insert(shorten(name));
+            }
+            _ => {}
+        }
+    }
+}
+
+fn command(name: &str, arguments: &Value) -> String {
+    format!("{}\n", json!({ "execute": name, "arguments": arguments }))
 }
 
 /// For error messages.
@@ -262,5 +339,33 @@ mod tests {
         let (qmp, _theirs) = scripted(&[GREETING, OK, OK, OK, failed]).await;
         let message = qmp.unwrap().save("file:x").await.unwrap_err().to_string();
         assert_eq!(message, "QEMU refused migrate: Unknown section");
+    }
+
+    #[tokio::test]
+    async fn a_device_is_gone_once_for_each_time_that_qemu_says_so() {
+        let deleted = |name: &str| {
+            format!(r#"{{"event": "DEVICE_DELETED", "data": {{"device": "{name}", "path": "/"}}}}"#)
+        };
+        let (one, other) = (deleted("union-1"), deleted("union-2"));
+        let nameless = r#"{"event": "DEVICE_DELETED", "data": {"path": "/machine/peripheral/union-1/x"}}"#;
+        let (qmp, theirs) = scripted(&[GREETING, OK, nameless, &other, OK, &one]).await;
+        let mut qmp = qmp.unwrap();
+        qmp.stop().await.unwrap();
+        qmp.device_deleted("union-1").await.unwrap();
+        qmp.device_deleted("union-2").await.unwrap();
+        drop(theirs);
+        assert!(matches!(qmp.device_deleted("union-2").await, Err(QmpError::Closed | QmpError::Io(_))));
+    }
+
+    #[tokio::test]
+    async fn a_socket_goes_with_the_line_that_names_it() {
+        let (qmp, mut theirs) = scripted(&[GREETING, OK, OK, OK]).await;
+        let (given, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let mut qmp = qmp.unwrap();
+        qmp.add_socket("union-1", given.into()).await.unwrap();
+        drop(qmp);
+        let mut text = String::new();
+        tokio::io::AsyncReadExt::read_to_string(&mut theirs, &mut text).await.unwrap();
+        assert!(text.contains(r#"{"arguments":{"fdname":"union-1"},"execute":"getfd"}"#), "{text}");
     }
 }

@@ -113,11 +113,12 @@ pub enum UnionVerb {
     /// Mount a union of folders
     ///
     /// Returns when the mount is usable; a background process keeps it until it is unmounted, by `vmctr union
-    /// umount` or umount(8). Also as `mount -t fuse.vmctr vmctr MOUNTPOINT -o OPTIONS` and in fstab.
+    /// umount` or umount(8). The unions of a user have one VM, up to eight of them, unless one asks for its own. Also as `mount -t fuse.vmctr vmctr MOUNTPOINT -o OPTIONS` and in fstab.
     Mount(UnionMount),
     /// Unmount a union, or remove what is left of one whose process was killed
     ///
-    /// Returns when all changes are on disk and the VM has ended. Exits 127 when there is no union.
+    /// Returns when all changes are on disk and, with the last of its unions, the VM has ended. Exits 127 when there is
+    /// no union.
     Umount(UnionUmount),
     /// List the unions and mounted containers, also those of which only something is left
     Ls,
@@ -154,6 +155,9 @@ pub struct UnionMount {
     /// VM. A backslash protects a colon or comma
     #[arg(short = 'o', long = "options", value_name = "OPTIONS", required = true, action = clap::ArgAction::Append)]
     pub options: Vec<String>,
+    /// Give it a VM of its own, which no other union shares; as an option for mount(8): own_vm
+    #[arg(long)]
+    pub own_vm: bool,
     /// An empty folder
     #[arg(value_name = "MOUNTPOINT")]
     pub mountpoint: PathBuf,

@@ -19,7 +19,6 @@ use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind_recursive, mount_remount, unmount};
 use rustix::process::chdir;
-use vmctr_proto::guest_paths::SHARE_DIR;
 
 pub use plan::{Form, PlanError, RootPlan, Upper};
 
@@ -43,18 +42,18 @@ fn step<T, E: Into<io::Error>>(what: &'static str, path: &Path, result: Result<T
     result.map_err(|error| Error::Step { what, path: path.to_owned(), source: error.into() })
 }
 
-/// Builds the root in the container's directory. Changes the working directory: for a short-lived process, or a
+/// Builds the root in the container's directory, from folders of the share that is mounted at `share`. Changes the working directory: for a short-lived process, or a
 /// thread with a working directory of its own.
-pub fn build(plan: &RootPlan, form: Form, dir: &Path) -> Result<(), Error> {
+pub fn build(plan: &RootPlan, form: Form, share: &Path, dir: &Path) -> Result<(), Error> {
     let rootfs = dir.join(ROOTFS);
     step("creating", &rootfs, fs::create_dir(&rootfs))?;
     match plan {
-        RootPlan::Folder(folder) => bind(&in_share(folder)?, &rootfs, false),
+        RootPlan::Folder(folder) => bind(&in_share(share, folder)?, &rootfs, false),
         // Overlay refuses a single lower folder without an upper one: it would change nothing.
         RootPlan::Overlay { lowers, upper: Upper::None } if lowers.len() == 1 => {
-            bind(&in_share(&lowers[0])?, &rootfs, true)
+            bind(&in_share(share, &lowers[0])?, &rootfs, true)
         }
-        RootPlan::Overlay { lowers, upper } => overlay(lowers, upper, form, dir, &rootfs),
+        RootPlan::Overlay { lowers, upper } => overlay((lowers, upper), form, share, dir, &rootfs),
     }
 }
 
@@ -83,8 +82,8 @@ pub fn guest_upper(dir: &Path) -> Option<PathBuf> {
 }
 
 /// A folder of the share.
-pub fn in_share(folder: &Path) -> Result<PathBuf, Error> {
-    let path = Path::new(SHARE_DIR).join(folder);
+pub fn in_share(share: &Path, folder: &Path) -> Result<PathBuf, Error> {
+    let path = share.join(folder);
     if path.is_dir() { Ok(path) } else { Err(Error::Missing { path: folder.to_owned() }) }
 }
 
@@ -97,7 +96,13 @@ fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), Error> {
     Ok(())
 }
 
-fn overlay(lowers: &[PathBuf], upper: &Upper, form: Form, dir: &Path, rootfs: &Path) -> Result<(), Error> {
+fn overlay(
+    (lowers, upper): (&[PathBuf], &Upper),
+    form: Form,
+    share: &Path,
+    dir: &Path,
+    rootfs: &Path,
+) -> Result<(), Error> {
     let layers = dir.join(LAYERS);
     step("creating", &layers, fs::create_dir(&layers))?;
     let link = |name: &str, target: PathBuf| {
@@ -105,13 +110,13 @@ fn overlay(lowers: &[PathBuf], upper: &Upper, form: Form, dir: &Path, rootfs: &P
         step("linking", &path, symlink(target, &path))
     };
     for (index, lower) in lowers.iter().enumerate() {
-        let lower = in_share(lower)?;
+        let lower = in_share(share, lower)?;
         // A layer on another file system of the host than the rest is an automount, which the overlay's own
         // look at the path does not trigger.
         step("opening", &lower, fs::File::open(&lower))?;
         link(&index.to_string(), lower)?;
     }
-    if let Some((upper, work)) = upper_folders(upper, dir)? {
+    if let Some((upper, work)) = upper_folders(upper, share, dir)? {
         link("upper", upper)?;
         link("work", work)?;
     }
@@ -125,10 +130,10 @@ fn overlay(lowers: &[PathBuf], upper: &Upper, form: Form, dir: &Path, rootfs: &P
     step("leaving", &layers, chdir("/"))
 }
 
-fn upper_folders(upper: &Upper, dir: &Path) -> Result<Option<(PathBuf, PathBuf)>, Error> {
+fn upper_folders(upper: &Upper, share: &Path, dir: &Path) -> Result<Option<(PathBuf, PathBuf)>, Error> {
     match upper {
         Upper::None => Ok(None),
-        Upper::Host { upper, work } => Ok(Some((in_share(upper)?, in_share(work)?))),
+        Upper::Host { upper, work } => Ok(Some((in_share(share, upper)?, in_share(share, work)?))),
         Upper::Guest { size_bytes } => {
             let base = dir.join(GUEST_UPPER);
             step("creating", &base, fs::create_dir(&base))?;

@@ -14,6 +14,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use vmctr_proto::guest_paths::SHARE_DIR;
+
 use super::payload::Payload;
 use super::report::Reporter;
 use super::seccomp::Confinement;
@@ -26,7 +28,7 @@ pub fn create(job: &Job, reporter: Reporter) -> anyhow::Result<Pid> {
     let dir = container_dir(&job.container);
     let root = fs::read(dir.join(ROOT_FILE)).context(ROOT_FILE)?;
     let plan = RootPlan::parse(Some(&vmctr_proto::agent::Root::decode(root.as_slice())?))?;
-    rootfs::build(&plan, Form::Layer, &dir).context("building the root file system")?;
+    rootfs::build(&plan, Form::Layer, Path::new(SHARE_DIR), &dir).context("building the root file system")?;
     mount_points::settle(&dir)?;
     let spec = Spec::load(dir.join("config.json"))?;
     make_working_directory(&dir, &spec)?;

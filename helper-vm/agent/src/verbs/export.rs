@@ -1,5 +1,4 @@
-//! Export: an overlay of the share's folders that the host mounts. ExportContainer: a container's root, for as long as
-//! its init process lives and the host wants it.
+//! ExportContainer: a container's root that the host mounts, for as long as its init process lives and the host wants it.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,27 +7,17 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 use vmctr_fileshare::export::guest::Gate;
-use vmctr_proto::agent::{ContainerRef, ExportContainerReply, ExportRequest};
+use vmctr_proto::agent::{ContainerRef, ExportContainerReply};
 
 use super::{Error, Result, blocking};
 use crate::exports::{Exports, Lent};
 use crate::guest::{Guest, Handle};
 use crate::ids::ContainerId;
-use crate::rootfs::{ROOTFS, RootPlan, Upper};
+use crate::rootfs::ROOTFS;
 use crate::runtime::container_dir;
 
 /// How long the host has to connect to what it asked for.
 const CONNECT_TIME: Duration = Duration::from_secs(30);
-
-/// Mounts the overlay and serves it.
-pub async fn export(exports: Exports, request: ExportRequest) -> Result<()> {
-    let overlay = request.overlay.unwrap_or_default();
-    let plan = RootPlan::overlay(&overlay)?;
-    if matches!(plan, RootPlan::Overlay { upper: Upper::Guest { .. }, .. }) {
-        return Err(Error::Argument("an export's changes do not stay in the guest".to_owned()));
-    }
-    blocking(move || Ok(exports.add(request.export, plan)?)).await
-}
 
 /// Serves the container's root: the agent's own mount of it, on which nothing of the container's is mounted.
 pub async fn export_container(

@@ -14,6 +14,7 @@ mod share;
 mod signal;
 mod start;
 mod terminal;
+mod union;
 mod update;
 mod upper;
 
@@ -24,12 +25,12 @@ use tonic::{Code, Status};
 use vmctr_fileshare::export::guest::StillMoving;
 
 use crate::guest::{AdoptError, HelperError, LookupError, WatchError, WrongState};
-use crate::{archive, cgroup, exports, ids, rootfs, spec, stdio};
+use crate::{archive, cgroup, exports, ids, rootfs, spec, stdio, unions};
 
 pub use create::create;
 pub use delete::delete;
 pub use exec::register;
-pub use export::{export, export_container};
+pub use export::export_container;
 pub use freeze::{freeze, thaw};
 pub use inspect::{pids, stats};
 pub use rehearse::rehearse;
@@ -37,6 +38,7 @@ pub use share::{flush, mount_share};
 pub use signal::signal;
 pub use start::start;
 pub use terminal::resize;
+pub use union::{add_union, flush_union, remove_union};
 pub use update::update;
 pub use upper::{UpperSender, read_merged, read_upper};
 
@@ -74,6 +76,8 @@ pub enum Error {
     #[error(transparent)]
     Export(#[from] exports::Error),
     #[error(transparent)]
+    Union(#[from] unions::Error),
+    #[error(transparent)]
     Still(#[from] StillMoving),
     #[error("marking the container as running")]
     Mark(#[source] libcontainer::error::LibcontainerError),
@@ -85,12 +89,14 @@ impl Error {
     fn code(&self) -> Code {
         match self {
             Self::Lookup(LookupError::Missing(_)) => Code::NotFound,
-            Self::Lookup(LookupError::Exists(_)) | Self::Export(exports::Error::Exists(_)) => {
+            Self::Lookup(LookupError::Exists(_)) | Self::Union(unions::Error::Exists(_)) => {
                 Code::AlreadyExists
             }
             Self::Name(_) | Self::Spec(_) | Self::Root(_) | Self::Argument(_) => Code::InvalidArgument,
             Self::Helper(HelperError::Program(_)) => Code::InvalidArgument,
-            Self::State { .. } | Self::Busy { .. } | Self::Still(_) => Code::FailedPrecondition,
+            Self::State { .. } | Self::Busy { .. } | Self::Still(_) | Self::Union(unions::Error::Used(_)) => {
+                Code::FailedPrecondition
+            }
             Self::Stream(_) => Code::Unavailable,
             _ => Code::Internal,
         }

@@ -9,9 +9,13 @@
 //! devices, which the template does not have. QEMU cannot save the vsock device, and refuses to restore a state
 //! into a machine with such a device; so both are plugged in afterwards ([`late_vsock`], [`late_share`]), on a PCI
 //! Express machine into ports that the template has for them.
+//!
+//! Such a machine also has ports for the shares of unions, which come and go while it runs. What the guest does with
+//! ports, its agent does through their registers; QEMU's way through ACPI would take a guest that reads ACPI's tables.
 
 use serde_json::{Value, json};
-use vmctr_proto::guest_paths::SHARE_TAG;
+use vmctr_proto::guest_paths::{SHARE_TAG, union_tag};
+use vmctr_proto::union_ports::{self, LATE, Place};
 
 use crate::jail::GuestFile;
 use crate::spec::{Machine, Vcpus, VmSpec};
@@ -102,6 +106,9 @@ fn machine(args: &mut Vec<String>, spec: &VmSpec, purpose: Purpose) {
         Machine::Pc => "pc,smbus=off,i8042=off,usb=off,vmport=off,hpet=off,smm=off",
     };
     add(args, "-machine", format!("{trimmed},memory-backend=ram"));
+    if spec.machine() == Machine::Q35 {
+        add(args, "-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off");
+    }
     let size = spec.memory().mib();
     let backend = match purpose {
         Purpose::Boot => "memory-backend-memfd".to_owned(),
@@ -168,12 +175,12 @@ fn saved_state(args: &mut Vec<String>, state: i32) {
 /// ACPI tells, the kernel of an emulated machine finds in less time by itself, all but a second CPU; interpreting
 /// its tables would be a sixth of what the guest does between a restore and its first call.
 fn kernel_arguments(vcpus: Vcpus, engine: Engine) -> String {
-    let common = "console=ttyS0 quiet panic=-1 reboot=t no_timer_check random.trust_cpu=on cryptomgr.notests lsm=landlock";
+    let common = "console=ttyS0 quiet panic=-1 reboot=t no_timer_check random.trust_cpu=on cryptomgr.notests lsm=landlock pcie_ports=compat";
     match engine {
         Engine::Kvm { .. } => common.to_owned(),
         Engine::Tcg { tsc_khz } => {
             let acpi = if vcpus == Vcpus::ONE { " acpi=off" } else { "" };
-            format!("{common} mitigations=off tsc=reliable tsc_early_khz={tsc_khz} pcie_ports=compat{acpi}")
+            format!("{common} mitigations=off tsc=reliable tsc_early_khz={tsc_khz}{acpi}")
         }
     }
 }
@@ -185,10 +192,8 @@ fn devices(args: &mut Vec<String>, machine: Machine, purpose: Purpose, fds: Qemu
     add(args, "-serial", "chardev:console");
     // What a template has comes first, so that it has the same places on the bus with and without the others.
     add(args, "-device", "virtio-balloon-pci,free-page-reporting=on");
-    if purpose != Purpose::Boot && machine == Machine::Q35 {
-        for (slot, port) in (1..).zip([VSOCK_PORT, SHARE_PORT]) {
-            add(args, "-device", format!("pcie-root-port,id={port},chassis={slot},slot={slot}"));
-        }
+    if machine == Machine::Q35 {
+        ports(args, purpose);
     }
     if let Some(vsock) = fds.vsock {
         add(args, "-chardev", format!("socket,id={VSOCK},fd={vsock}"));
@@ -202,6 +207,58 @@ fn devices(args: &mut Vec<String>, machine: Machine, purpose: Purpose, fds: Qemu
     if purpose == Purpose::Boot && fds.share.is_some() {
         add(args, "-device", format!("{SHARE_DRIVER},chardev={SHARE},tag={SHARE_TAG}"));
     }
+}
+
+fn ports(args: &mut Vec<String>, purpose: Purpose) {
+    let mut add_port = |name: &str, slot: u32, Place { device, function }: Place| {
+        let many = if function == 0 && device != UNIONS { "" } else { ",multifunction=on" };
+        let place = format!("addr={device}.{function}{many}");
+        add(args, "-device", format!("pcie-root-port,id={name},chassis={slot},slot={slot},{place}"));
+    };
+    if purpose != Purpose::Boot {
+        for (slot, (name, place)) in (1..).zip([VSOCK_PORT, SHARE_PORT].into_iter().zip(LATE)) {
+            add_port(name, slot, place);
+        }
+    }
+    for port in 0..union_ports::COUNT {
+        add_port(&union_port(port), FIRST_UNION_SLOT + port, Place::of_union(port));
+    }
+}
+
+/// The device whose functions are the ports for unions.
+const UNIONS: u32 = Place::of_union(0).device;
+/// Slots have numbers of their own, after those of the ports for a restored VM's devices.
+const FIRST_UNION_SLOT: u32 = 3;
+
+fn union_port(port: u32) -> String {
+    format!("union-port-{port}")
+}
+
+/// How many unions a machine can have.
+#[must_use]
+pub fn union_ports(machine: Machine) -> u32 {
+    match machine {
+        Machine::Q35 => union_ports::COUNT,
+        // It can be plugged in, but not be taken out again.
+        Machine::Pc => 1,
+    }
+}
+
+/// QEMU's name for the device in a union's port, and for its connection.
+#[must_use]
+pub fn union_device(port: u32) -> String {
+    format!("union-{port}")
+}
+
+/// Arguments of `device_add` for the share of a union.
+#[must_use]
+pub fn union_share(machine: Machine, port: u32) -> Value {
+    let name = union_device(port);
+    let bus = match machine {
+        Machine::Q35 => union_port(port),
+        Machine::Pc => "pci.0".to_owned(),
+    };
+    json!({ "driver": SHARE_DRIVER, "id": name, "chardev": name, "tag": union_tag(port), "bus": bus })
 }
 
 /// Arguments of the monitor's `device_add` for the vsock device of a restored VM.
@@ -255,6 +312,7 @@ mod tests {
 -display none
 -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
 -machine q35,sata=off,smbus=off,i8042=off,usb=off,vmport=off,hpet=off,smm=off,memory-backend=ram
+-global ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off
 -object memory-backend-memfd,id=ram,size=512M,share=on
 -m 512M
 -smp 1
@@ -262,12 +320,20 @@ mod tests {
 -cpu max,-erms,-fsrm,-fzrm,-fsrs
 -kernel /guest/kernel
 -initrd /guest/initramfs
--append console=ttyS0 quiet panic=-1 reboot=t no_timer_check random.trust_cpu=on cryptomgr.notests lsm=landlock mitigations=off tsc=reliable tsc_early_khz=2600000 pcie_ports=compat acpi=off
+-append console=ttyS0 quiet panic=-1 reboot=t no_timer_check random.trust_cpu=on cryptomgr.notests lsm=landlock pcie_ports=compat mitigations=off tsc=reliable tsc_early_khz=2600000 acpi=off
 -chardev socket,id=qmp,fd=3
 -mon chardev=qmp,mode=control
 -chardev socket,id=console,fd=4
 -serial chardev:console
 -device virtio-balloon-pci,free-page-reporting=on
+-device pcie-root-port,id=union-port-0,chassis=3,slot=3,addr=6.0,multifunction=on
+-device pcie-root-port,id=union-port-1,chassis=4,slot=4,addr=6.1,multifunction=on
+-device pcie-root-port,id=union-port-2,chassis=5,slot=5,addr=6.2,multifunction=on
+-device pcie-root-port,id=union-port-3,chassis=6,slot=6,addr=6.3,multifunction=on
+-device pcie-root-port,id=union-port-4,chassis=7,slot=7,addr=6.4,multifunction=on
+-device pcie-root-port,id=union-port-5,chassis=8,slot=8,addr=6.5,multifunction=on
+-device pcie-root-port,id=union-port-6,chassis=9,slot=9,addr=6.6,multifunction=on
+-device pcie-root-port,id=union-port-7,chassis=10,slot=10,addr=6.7,multifunction=on
 -chardev socket,id=vsock,fd=5
 -chardev socket,id=share,fd=6
 -device vhost-user-vsock-pci,chardev=vsock
@@ -311,6 +377,11 @@ mod tests {
         assert_eq!(late_vsock(Machine::Q35)["bus"], "late-vsock");
         assert_eq!(late_share(Machine::Q35)["bus"], "late-share");
         assert_eq!(late_vsock(Machine::Pc)["bus"], "pci.0");
+        assert!(lines(&restored).contains(
+            "\n-device pcie-root-port,id=union-port-7,chassis=10,slot=10,addr=6.7,multifunction=on\n"
+        ));
+        assert_eq!(union_share(Machine::Q35, 7)["bus"], "union-port-7");
+        assert_eq!(union_share(Machine::Pc, 0)["bus"], "pci.0");
         assert!(
             lines(&template)
                 .contains("\n-object memory-backend-file,mem-path=/guest/ram,id=ram,size=512M,share=on\n")

@@ -155,6 +155,16 @@ impl RunDir {
         meta.write(&self.inner.path)
     }
 
+    /// Forgets all processes: what is left in the directory belongs to none of them any more.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn disown(&self) -> Result<(), RunDirError> {
+        let mut meta = self.meta_mut();
+        meta.processes.clear();
+        meta.write(&self.inner.path)
+    }
+
     /// Removes the directory and all in it.
     ///
     /// # Errors
@@ -293,6 +303,22 @@ mod tests {
         dir.remove().unwrap();
         assert!(list(root.path()).unwrap().is_empty());
         assert!(Entry::open(root.path(), &RunKey::of_bundle(&owner().bundle)).unwrap().is_none());
+    }
+
+    /// Of several that one process owns, one may end badly and be cleared while the others go on.
+    #[test]
+    fn what_is_disowned_is_removed_without_killing_anybody() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = RunDir::create(root.path(), owner()).unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        dir.record(Role::Qemu, child.id()).unwrap();
+        dir.disown().unwrap();
+        assert!(list(root.path()).unwrap()[0].meta.live_processes().is_empty());
+        let done = cleanup(root.path(), &RunKey::of_bundle(&owner().bundle)).unwrap();
+        assert_eq!(done, Cleanup { removed: true, killed: vec![] });
+        assert!(child.try_wait().unwrap().is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

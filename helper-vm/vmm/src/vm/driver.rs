@@ -6,6 +6,7 @@
 //!                       └────> QMP stop, cont; SIGKILL
 //! ```
 
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -16,7 +17,7 @@ use super::boot::{boot, move_to};
 use super::qemu_process::QemuProcess;
 use super::{Agent, Started, VmError, VmStart, VmState};
 use crate::error_chain::error_chain;
-use crate::qemu::command::late_share;
+use crate::qemu::command::{late_share, union_device, union_share};
 use crate::qmp::Qmp;
 use crate::spec::Machine;
 use crate::vsock::UnixServer;
@@ -36,6 +37,8 @@ pub(super) enum Request {
     Pause(Answer),
     Resume(Answer),
     PlugShare(Answer),
+    PlugUnion(u32, OwnedFd, Answer),
+    UnplugUnion(u32, Answer),
     Stop(Answer),
 }
 
@@ -105,6 +108,12 @@ impl Driver {
                     let share = late_share(running.machine);
                     let plugged = running.qmp.device_add(share).await;
                     let _ = answer.send(plugged.map_err(VmError::from));
+                }
+                Step::Request(Some(Request::PlugUnion(port, share, answer))) => {
+                    let _ = answer.send(plug_union(&mut running, port, share).await);
+                }
+                Step::Request(Some(Request::UnplugUnion(port, answer))) => {
+                    let _ = answer.send(unplug_union(&mut running.qmp, port).await);
                 }
                 Step::Request(Some(Request::Stop(answer))) => match running.qemu.kill().await {
                     Ok(()) => break Last::Stopped(Some(answer)),
@@ -184,11 +193,31 @@ impl Driver {
             let (answer, result) = match request {
                 Request::Stop(answer) => (answer, Ok(())),
                 Request::Pause(answer) => (answer, self.state.borrow().to(VmState::Paused).map(drop)),
-                Request::Resume(answer) | Request::PlugShare(answer) => {
+                Request::Resume(answer)
+                | Request::PlugShare(answer)
+                | Request::PlugUnion(_, _, answer)
+                | Request::UnplugUnion(_, answer) => {
                     (answer, self.state.borrow().to(VmState::Running).map(drop))
                 }
             };
             let _ = answer.send(result.map_err(VmError::from));
         }
     }
+}
+
+async fn plug_union(running: &mut Running, port: u32, share: OwnedFd) -> Result<(), VmError> {
+    let (qmp, name) = (&mut running.qmp, union_device(port));
+    qmp.forget_deleted(&name);
+    qmp.add_socket(&name, share).await?;
+    if let Err(error) = qmp.device_add(union_share(running.machine, port)).await {
+        qmp.remove_socket(&name).await?;
+        return Err(error.into());
+    }
+    Ok(())
+}
+
+async fn unplug_union(qmp: &mut Qmp, port: u32) -> Result<(), VmError> {
+    let name = union_device(port);
+    qmp.device_deleted(&name).await?;
+    Ok(qmp.remove_socket(&name).await?)
 }

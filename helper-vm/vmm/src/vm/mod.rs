@@ -41,7 +41,7 @@ pub use state::{InvalidMove, VmState};
 use crate::accel::Accelerator;
 use crate::assets::GuestAssets;
 use crate::config::JailConfig;
-use crate::qemu::Qemu;
+use crate::qemu::{Qemu, command};
 use crate::run_dir::RunDir;
 use crate::spec::VmSpec;
 use crate::template::Template;
@@ -211,6 +211,29 @@ impl Vm {
         self.request(Request::PlugShare).await
     }
 
+    /// How many unions the VM can have at the same time.
+    #[must_use]
+    pub fn union_ports(&self) -> u32 {
+        command::union_ports(self.spec().machine())
+    }
+
+    /// Plugs the share of a union into a port, which must be free. `share` is the connected vhost-user socket of its
+    /// daemon, which must be serving.
+    ///
+    /// # Errors
+    /// QEMU does not obey; the port is free then.
+    pub async fn plug_union(&self, port: u32, share: OwnedFd) -> Result<(), VmError> {
+        self.request(|answer| Request::PlugUnion(port, share, answer)).await
+    }
+
+    /// Waits until the share of a union that the agent has removed is out of its port.
+    ///
+    /// # Errors
+    /// QEMU still has it: the port cannot be used again.
+    pub async fn unplug_union(&self, port: u32) -> Result<(), VmError> {
+        self.request(|answer| Request::UnplugUnion(port, answer)).await
+    }
+
     /// Ends the VM at once, as a power cut would; returns when QEMU is reaped and its files are removed.
     /// Stopping a VM that has ended does nothing.
     ///
@@ -220,7 +243,7 @@ impl Vm {
         self.request(Request::Stop).await
     }
 
-    async fn request(&self, make: fn(driver::Answer) -> Request) -> Result<(), VmError> {
+    async fn request(&self, make: impl FnOnce(driver::Answer) -> Request) -> Result<(), VmError> {
         let (answer, answered) = oneshot::channel();
         self.requests.send(make(answer)).await.map_err(|_| VmError::DriverGone)?;
         answered.await.map_err(|_| VmError::DriverGone)?

@@ -8,9 +8,10 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 use vmctr_proto::agent::agent_server::{Agent, AgentServer};
 use vmctr_proto::agent::{
-    ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, EventsRequest, ExitEvent,
-    ExportContainerReply, ExportRequest, HelloReply, HelloRequest, MountShareRequest, PidsReply, ProcessId,
-    ProcessRef, ResizePtyRequest, SignalRequest, StartReply, StatsReply, UpdateRequest, UpperChunk, event,
+    AddUnionRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event, EventsRequest,
+    ExitEvent, ExportContainerReply, HelloReply, HelloRequest, MountShareRequest, PidsReply, ProcessId,
+    ProcessRef, ResizePtyRequest, SignalRequest, StartReply, StatsReply, UnionRef, UpdateRequest, UpperChunk,
+    event,
 };
 use vmctr_proto::ports;
 
@@ -189,7 +190,15 @@ impl Agent for Liar {
         agree()
     }
 
-    async fn export(&self, _: Request<ExportRequest>) -> Reply<Empty> {
+    async fn add_union(&self, _: Request<AddUnionRequest>) -> Reply<Empty> {
+        agree()
+    }
+
+    async fn flush_union(&self, _: Request<UnionRef>) -> Reply<Empty> {
+        agree()
+    }
+
+    async fn remove_union(&self, _: Request<UnionRef>) -> Reply<Empty> {
         agree()
     }
 

@@ -1,36 +1,32 @@
-//! The helper VM of a union: the share daemon, QEMU, the agent.
+//! The helper VM of unions: QEMU and the agent, and what they are asked for one union in one port.
 //!
-//! Invariant: when the share daemon ends, the VM is ended too, so that nobody waits for files that do not come.
+//! ```text
+//!   plug ─ port: its share ─ add ─ overlay, export ── dial, flush ── remove ─ the port is free again
+//! ```
 
 use std::collections::HashMap;
-use std::io::{self, BufRead, BufReader, Read};
-use std::process::ChildStderr;
-use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
 use tokio::task::{JoinError, spawn_blocking};
 use tokio::time::timeout;
 use tonic::Status;
-use tracing::{error, info, warn};
+use tracing::error;
 use vmctr_fileshare::export::wire::stream::Stream;
-use vmctr_fileshare::share::{Fsd, ShareSpec, SpawnError, spawn};
-use vmctr_proto::agent::{Empty, ExportRequest, HostUpper, MountShareRequest, Overlay, overlay};
+use vmctr_proto::agent::{AddUnionRequest, HostUpper, Overlay, UnionRef, overlay};
 use vmctr_proto::{guest_paths, ports};
 use vmctr_vmm::accel::{self, AccelError};
 use vmctr_vmm::assets::{AssetError, GuestAssets};
-use vmctr_vmm::binaries::{self, BinaryError};
 use vmctr_vmm::config::Config;
+use vmctr_vmm::error_chain;
 use vmctr_vmm::origin::{Machine, Origins};
 use vmctr_vmm::qemu::{Qemu, QemuError};
-use vmctr_vmm::run_dir::{Role, RunDir, RunDirError};
+use vmctr_vmm::run_dir::RunDir;
 use vmctr_vmm::spec::{Host, Limits, SpecError, VmSpec};
 use vmctr_vmm::vm::{Origin, Vm, VmError, VmStart};
-use vmctr_vmm::{LogRate, error_chain};
 
 use super::check::Plan;
-
-const DAEMON: &str = "vmctr-fsd";
 
 /// A restored VM that takes longer is given up for one that boots.
 const RESTORE_LIMIT: Duration = Duration::from_secs(20);
@@ -38,18 +34,15 @@ const MOUNT_LIMIT: Duration = Duration::from_secs(60);
 const DIAL_LIMIT: Duration = Duration::from_secs(10);
 /// Writing a guest's dirty pages back to the host.
 const FLUSH_LIMIT: Duration = Duration::from_secs(300);
+/// Unmounting what nobody uses any more; the agent gives up earlier.
+const REMOVE_LIMIT: Duration = Duration::from_secs(10);
 
-/// A log line of the daemon is cut here: it works on what a hostile guest sends.
-const LINE_LIMIT: u64 = 2048;
 /// Of what the guest says, this much is passed on.
 const MAX_TEXT: usize = 1024;
 
-/// A VM with the union's folders.
+/// A VM for unions.
 #[derive(Debug)]
-pub struct Helper {
-    vm: Vm,
-    fsd: Arc<Fsd>,
-}
+pub struct Helper(Vm);
 
 /// The VM does not do what it should.
 #[derive(Debug, thiserror::Error)]
@@ -66,24 +59,12 @@ pub enum HelperError {
     /// No accelerator can be chosen.
     #[error(transparent)]
     Accel(#[from] AccelError),
-    /// The share daemon is not installed.
-    #[error(transparent)]
-    Binary(#[from] BinaryError),
-    /// The host's folders cannot be shared.
-    #[error(transparent)]
-    Share(#[from] SpawnError),
-    /// Its processes cannot be recorded.
-    #[error(transparent)]
-    RunDir(#[from] RunDirError),
     /// The VM does not start.
     #[error("Cannot start the VM")]
     Vm(#[from] VmError),
     /// A thread of ours is gone.
     #[error("A thread that starts the VM is gone")]
     Thread(#[from] JoinError),
-    /// The daemon's log cannot be read.
-    #[error("Cannot read the share daemon's log")]
-    Log(#[source] io::Error),
     /// The agent refused or failed.
     #[error("The guest did not {what}: {text}")]
     Refused {
@@ -106,8 +87,8 @@ pub enum HelperError {
 }
 
 impl Helper {
-    /// Starts the VM and lets it mount the share. On an error nothing is left.
-    pub async fn start(config: &Config, share: ShareSpec, run_dir: &RunDir) -> Result<Self, HelperError> {
+    /// Starts the VM, without any union. On an error nothing is left.
+    pub async fn start(config: &Config, run_dir: &RunDir) -> Result<Self, HelperError> {
         let spec = VmSpec::resolve(&config.vm, &Limits::default(), &HashMap::new(), &Host::detect())?;
         let found = config.clone();
         let found = spawn_blocking(move || {
@@ -117,123 +98,77 @@ impl Helper {
         let accelerator = accel::resolve(config, &assets, &qemu).await?.accelerator;
         let machine = Machine { spec, assets, qemu, accelerator };
         let origins = Origins::find(config, config.vm.start, machine.clone()).await;
-        let launch = Launch { config, machine: &machine, share: &share, run_dir };
-        let helper = match launch.start(origins.first()).await {
-            Err(HelperError::Vm(error)) if origins.is_template() => {
+        let vm = match Vm::start(order(config, &machine, run_dir, origins.first())).await {
+            Err(error) if origins.is_template() => {
                 origins.discard(&error).await;
-                launch.start(origins.boot()).await?
+                Vm::start(order(config, &machine, run_dir, origins.boot())).await?
             }
             started => started?,
         };
         origins.make_template_later();
-        helper.mount_share().await?;
-        Ok(helper)
+        Ok(Self(vm))
     }
 
     /// The VM.
     pub fn vm(&self) -> &Vm {
-        &self.vm
+        &self.0
     }
 
-    async fn mount_share(&self) -> Result<(), HelperError> {
-        let request = MountShareRequest { tag: guest_paths::SHARE_TAG.to_owned() };
-        let mut agent = self.vm.agent();
-        call("mount the share", MOUNT_LIMIT, agent.mount_share(request)).await
+    /// Has the guest make the union whose share is in this port, and serve it under the port's number.
+    pub async fn add(&self, plan: &Plan, port: u32) -> Result<(), HelperError> {
+        let request = AddUnionRequest { port, overlay: Some(guest_overlay(plan)) };
+        let mut agent = self.0.agent();
+        call("make the union", MOUNT_LIMIT, agent.add_union(request)).await
     }
 
-    /// Has the guest make the union and serve it under this number.
-    pub async fn export(&self, plan: &Plan, export: u32) -> Result<(), HelperError> {
-        let request = ExportRequest { export, overlay: Some(guest_overlay(plan)) };
-        let mut agent = self.vm.agent();
-        call("make the union", MOUNT_LIMIT, agent.export(request)).await
-    }
-
-    /// A stream to the guest's exports.
-    pub async fn dial(&self) -> Result<Stream, HelperError> {
-        let dialled = timeout(DIAL_LIMIT, self.vm.vsock().connect(ports::EXPORT)).await;
+    /// A stream to the guest's exports, and a handle that closes it.
+    pub async fn dial(&self) -> Result<(Stream, OwnedFd), HelperError> {
+        let dialled = timeout(DIAL_LIMIT, self.0.vsock().connect(ports::EXPORT)).await;
         let late = || HelperError::Stream(io::ErrorKind::TimedOut.into());
         let stream =
             dialled.map_err(|_| late())?.map_err(|error| HelperError::Stream(io::Error::other(error)))?;
-        Ok(Stream::from(stream.into_std().map_err(HelperError::Stream)?))
+        let stream = stream.into_std().map_err(HelperError::Stream)?;
+        let handle = stream.as_fd().try_clone_to_owned().map_err(HelperError::Stream)?;
+        Ok((Stream::from(stream), handle))
     }
 
-    /// Brings all that the guest has to the host's disks.
-    pub async fn flush(&self) -> Result<(), HelperError> {
-        let mut agent = self.vm.agent();
-        call("write its changes to disk", FLUSH_LIMIT, agent.flush(Empty {})).await
+    /// Brings all that the guest has of a union to the host's disks.
+    pub async fn flush(&self, port: u32) -> Result<(), HelperError> {
+        let mut agent = self.0.agent();
+        call("write its changes to disk", FLUSH_LIMIT, agent.flush_union(UnionRef { port })).await
     }
 
-    /// Ends VM and daemon. What fails is logged: nobody is left who could do better.
-    pub async fn stop(self) {
-        if let Err(error) = self.vm.stop().await {
+    /// Has the guest end a union, and takes its share out of the port.
+    pub async fn remove(&self, port: u32) -> Result<(), HelperError> {
+        let mut agent = self.0.agent();
+        call("let the union go", REMOVE_LIMIT, agent.remove_union(UnionRef { port })).await?;
+        Ok(self.0.unplug_union(port).await?)
+    }
+
+    /// Ends the VM. What fails is logged: nobody is left who could do better.
+    pub async fn stop(&self) {
+        if let Err(error) = self.0.stop().await {
             error!("Cannot stop the VM: {}", error_chain(&error));
         }
-        if let Err(error) = self.fsd.kill() {
-            error!("Cannot stop the share daemon: {error}");
-        }
     }
 }
 
-struct Launch<'a> {
-    config: &'a Config,
-    machine: &'a Machine,
-    share: &'a ShareSpec,
-    run_dir: &'a RunDir,
-}
-
-impl Launch<'_> {
-    async fn start(&self, origin: Origin) -> Result<Helper, HelperError> {
-        let mut fsd = self.serve().await?;
-        self.run_dir.record(Role::Fsd, fsd.pid())?;
-        if let Some(stderr) = fsd.stderr.take() {
-            forward_log(stderr).map_err(HelperError::Log)?;
-        }
-        let vm = Vm::start(self.vm(origin, &mut fsd)).await?;
-        let fsd = Arc::new(fsd);
-        tokio::spawn(end_together(Arc::clone(&fsd), vm.clone()));
-        Ok(Helper { vm, fsd })
-    }
-
-    async fn serve(&self) -> Result<Fsd, HelperError> {
-        let (share, dir) = (self.share.clone(), self.run_dir.path().to_owned());
-        let level = self.config.log.level.as_str();
-        // virtiofsd's debug lines tell of every single request.
-        let level = if level == "debug" { "debug,virtiofsd=info" } else { level };
-        let started = spawn_blocking(move || {
-            let binary = binaries::find(DAEMON)?;
-            Ok::<_, HelperError>(spawn(&binary, &share, &dir, level)?)
-        });
-        started.await?
-    }
-
-    fn vm(&self, origin: Origin, fsd: &mut Fsd) -> VmStart {
-        let limit = self.config.vm.boot_timeout_seconds.duration();
-        let boot_timeout = match origin {
-            Origin::Boot(_) => limit,
-            Origin::Template(_) => limit.min(RESTORE_LIMIT),
-        };
-        VmStart {
-            spec: self.machine.spec,
-            origin,
-            qemu: self.machine.qemu.clone(),
-            accelerator: self.machine.accelerator,
-            run_dir: self.run_dir.clone(),
-            jail: self.config.jail.clone(),
-            share: fsd.socket.take(),
-            share_later: false,
-            boot_timeout,
-        }
-    }
-}
-
-async fn end_together(fsd: Arc<Fsd>, vm: Vm) {
-    let ended = spawn_blocking(move || fsd.wait()).await;
-    info!(
-        "The share daemon ended ({})",
-        ended.map_or_else(|error| error.to_string(), |exit| exit.to_string())
-    );
-    if let Err(error) = vm.stop().await {
-        error!("Cannot stop the VM: {}", error_chain(&error));
+fn order(config: &Config, machine: &Machine, run_dir: &RunDir, origin: Origin) -> VmStart {
+    let limit = config.vm.boot_timeout_seconds.duration();
+    let boot_timeout = match origin {
+        Origin::Boot(_) => limit,
+        Origin::Template(_) => limit.min(RESTORE_LIMIT),
+    };
+    VmStart {
+        spec: machine.spec,
+        origin,
+        qemu: machine.qemu.clone(),
+        accelerator: machine.accelerator,
+        run_dir: run_dir.clone(),
+        jail: config.jail.clone(),
+        share: None,
+        share_later: false,
+        boot_timeout,
     }
 }
 
@@ -259,32 +194,5 @@ fn guest_overlay(plan: &Plan) -> Overlay {
     Overlay {
         lowers: (0..plan.lowers.len()).map(guest_paths::lower).collect(),
         upper: plan.top.as_ref().map(|_| overlay::Upper::Host(host())),
-    }
-}
-
-/// Reads on whatever comes, so that the daemon never waits; what is too much is dropped.
-fn forward_log(stderr: ChildStderr) -> io::Result<()> {
-    let forward = move || {
-        let mut lines = BufReader::new(stderr);
-        let mut rate = LogRate::new(Instant::now());
-        let mut line = Vec::new();
-        // The end of the stream is the end of the daemon, which is watched elsewhere.
-        while let Ok(1..) = (&mut lines).take(LINE_LIMIT).read_until(b'\n', &mut line) {
-            if rate.admit(Instant::now()).is_some() {
-                log_line(String::from_utf8_lossy(&line).trim());
-            }
-            line.clear();
-        }
-    };
-    thread::Builder::new().name("fsd-log".to_owned()).spawn(forward).map(drop)
-}
-
-/// The daemon writes the level first.
-fn log_line(line: &str) {
-    match line.split_once(' ') {
-        Some(("INFO" | "DEBUG" | "TRACE", text)) => info!(target: "fsd", "{text}"),
-        Some(("ERROR", text)) => error!(target: "fsd", "{text}"),
-        Some(("WARN", text)) => warn!(target: "fsd", "{text}"),
-        _ => warn!(target: "fsd", "{line}"),
     }
 }

@@ -1,11 +1,12 @@
 //! `vmctr union`: union mounts whose union is made by a helper VM. `vmctr mount`: the root of a running container.
 //!
 //! ```text
-//!   mount   options ── check ─> Plan ───┐
-//!           container ─ check ─> Target ─┴ Order ──stdin──> vmctr union serve    one background process per mount
-//!                                 "ready" or why not <──stdout──  locks ─ run directory
-//!                                      union: share ─ VM ─ agent: overlay ──┬─ streams ─ FUSE mount
-//!                                      container: its shim ─ agent: its root ┘
+//!   mount   options ── check ─> Plan ──── Order ──socket──> vmctr union serve    owns a VM and its unions
+//!                                          or ──stdin──> a new one
+//!           container ─ check ─> Target ── Order ──stdin──> vmctr union serve    one per mounted container
+//!                                 "ready" or why not <──────  locks ─ run directory
+//!                                      union: share ─ port of the VM ─ agent: overlay ──┬─ streams ─ FUSE mount
+//!                                      container: its shim ─ agent: its root ───────────┘
 //!   umount  takes the mount away, which ends that process; removes what a killed one left
 //!   ls, inspect   read the run directories
 //! ```
@@ -16,11 +17,16 @@ mod check;
 mod helper;
 mod list;
 mod locks;
+mod member;
 mod mount;
 mod options;
 mod order;
+mod owner;
+mod owners;
+mod ports;
 mod record;
 mod serve;
+mod served;
 mod target;
 mod umount;
 

@@ -1,41 +1,30 @@
-//! `vmctr union mount` and `vmctr mount`: check, start the background process and wait for its word.
+//! `vmctr union mount` and `vmctr mount`: check, find or start the background process and wait for its word.
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, anyhow, bail};
-use serde::{Deserialize, Serialize};
 use vmctr_vmm::config::Config;
 
 use super::check::Plan;
-use super::options::Options;
-use super::order::Order;
+use super::options::{self, Options};
+use super::order::{Answer, Order};
+use super::owners::{self, Turn};
 use super::record::{self, State};
 use super::target::Target;
 use crate::cli::{MountArgs, UnionMount};
 use crate::commands::Context;
 use crate::failure::{Failure, Outcome, Verdict};
 
-/// The background process says no more than this.
-const MAX_ANSWER: u64 = 64 << 10;
-
-/// What the background process says, once.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Answer {
-    /// The mount is usable.
-    Ready,
-    /// It is not, and nothing is left.
-    Failed(String),
-}
-
 /// Mounts a union.
 pub fn run(config: &Config, args: &UnionMount) -> Outcome {
     check_free(config, &args.mountpoint)?;
-    let options = Options::parse(&args.options.join(",")).map_err(|error| {
+    let own_vm = args.own_vm.then(|| options::OWN_VM.to_owned());
+    let given: Vec<_> = args.options.iter().cloned().chain(own_vm).collect();
+    let options = Options::parse(&given.join(",")).map_err(|error| {
         Failure::failed(error).hint("as in `-o lowerdir=A:B,upperdir=U,workdir=W MOUNTPOINT`")
     })?;
     mount(config, &Order::Union(Plan::check(options, &args.mountpoint)?))
@@ -48,10 +37,25 @@ pub async fn container(context: &Context, config: &Config, args: &MountArgs) -> 
 }
 
 fn mount(config: &Config, order: &Order) -> Outcome {
-    match wait(start(config, order)?)? {
+    let answer = match order {
+        Order::Union(plan) if !options::own_vm(&plan.options) => in_a_common_vm(config, order)?,
+        _ => wait(start(config, order)?)?,
+    };
+    match answer {
         Answer::Ready => Ok(Verdict::Good),
         Answer::Failed(why) => Err(anyhow!(why).into()),
+        Answer::Taken | Answer::Declined => Err(anyhow!("The background process speaks nonsense").into()),
     }
+}
+
+/// By a VM that is there already, or else by a new one, for which all that come meanwhile wait.
+fn in_a_common_vm(config: &Config, order: &Order) -> anyhow::Result<Answer> {
+    let turn = Turn::take(config)?;
+    owners::clear_up(config)?;
+    let Some(mut taken) = owners::hand_over(config, order)? else { return wait(start(config, order)?) };
+    drop(turn);
+    let answer = Answer::read(&mut taken).context("The VM's process")?;
+    answer.context("The VM's process ended without a word")
 }
 
 /// A mount that is there, or what is left of one.
@@ -84,13 +88,11 @@ fn start(config: &Config, order: &Order) -> anyhow::Result<Child> {
 
 fn wait(mut child: Child) -> anyhow::Result<Answer> {
     let stdout = child.stdout.take().context("The background process has no output")?;
-    let mut text = String::new();
-    stdout.take(MAX_ANSWER).read_to_string(&mut text).context("The background process")?;
-    if text.is_empty() {
-        let status = child.wait().context("The background process")?;
-        bail!("The background process ended without a word ({status})");
+    if let Some(answer) = Answer::read(&mut BufReader::new(stdout)).context("The background process")? {
+        return Ok(answer);
     }
-    serde_json::from_str(&text).context("The background process speaks nonsense")
+    let status = child.wait().context("The background process")?;
+    bail!("The background process ended without a word ({status})");
 }
 
 /// The arguments as mount(8) gives them; `None` when it wants nothing done (`-f`).
@@ -111,13 +113,13 @@ pub fn helper_args(args: impl Iterator<Item = OsString>) -> Result<Option<UnionM
     let [_, mountpoint] = places.as_slice() else {
         return Err(anyhow!("usage: mount.fuse.vmctr vmctr MOUNTPOINT -o lowerdir=A[:B...],...").into());
     };
-    Ok((!fake).then(|| UnionMount { options, mountpoint: PathBuf::from(mountpoint) }))
+    Ok((!fake).then(|| UnionMount { options, own_vm: false, mountpoint: PathBuf::from(mountpoint) }))
 }
 
 /// Says the word, from the background process. Standard output ends with it.
 pub fn answer(answer: &Answer) -> anyhow::Result<()> {
     let mut stdout = std::io::stdout();
-    stdout.write_all(&serde_json::to_vec(answer)?)?;
+    stdout.write_all(&answer.to_line()?)?;
     stdout.flush()?;
     let null = File::options().read(true).write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdout(&null)?;

@@ -86,6 +86,14 @@ pub fn reads_on_host(words: &[String]) -> bool {
     !words.iter().any(|word| word == NO_PASSTHROUGH)
 }
 
+/// Whether it wants a VM of its own.
+pub fn own_vm(words: &[String]) -> bool {
+    words.iter().any(|word| word == OWN_VM)
+}
+
+/// The option for [`own_vm`].
+pub const OWN_VM: &str = "own_vm";
+
 const NO_PASSTHROUGH: &str = "nopassthrough";
 
 /// What a word clears, and what it then sets.
@@ -114,7 +122,7 @@ fn attribute(word: &str) -> Option<(MountAttrFlags, MountAttrFlags)> {
 }
 
 fn is_word(word: &str) -> bool {
-    word == NO_PASSTHROUGH || attribute(word).is_some()
+    [NO_PASSTHROUGH, OWN_VM].contains(&word) || attribute(word).is_some()
 }
 
 /// Of fstab's options, those that mount(8) or systemd has read already.
@@ -198,6 +206,14 @@ mod tests {
         let many = vec!["/a"; MAX_LOWERS + 1].join(":");
         assert_eq!(refused(&format!("lowerdir={many}")), OptionsError::TooMany(501));
         assert_eq!(Options::parse(&format!("lowerdir={}", &many[3..])).unwrap().lowers.len(), MAX_LOWERS);
+    }
+
+    #[test]
+    fn a_vm_of_its_own_is_asked_for_by_a_word() {
+        let words = |text: &str| Options::parse(&format!("lowerdir=/a{text}")).unwrap().words;
+        assert!(own_vm(&words(",ro,own_vm")));
+        assert!(!own_vm(&words(",ro")));
+        assert_eq!(refused("lowerdir=/a,own_vm=1"), OptionsError::Unknown("own_vm=1".into()));
     }
 
     #[test]

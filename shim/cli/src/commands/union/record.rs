@@ -180,12 +180,11 @@ impl Mount {
     /// How it is with it now.
     pub fn state(&self) -> State {
         let live = |role| self.process(role).is_some();
-        // A container's VM is not the mount's own.
-        let served = self.lost.is_none() && (self.kind() == "container" || live(Role::Qemu));
         match (live(Role::Shim), is_mounted(&self.mountpoint)) {
             (false, _) => State::Dead,
             (true, false) => State::Changing,
-            (true, true) if served => State::Mounted,
+            // Its process notes at once when its VM ends; whoever unmounts it after that knows of the loss.
+            (true, true) if self.lost.is_none() => State::Mounted,
             (true, true) => State::Lost,
         }
     }

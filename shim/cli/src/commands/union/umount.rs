@@ -12,6 +12,7 @@ use vmctr_fileshare::export::host::unmount;
 use vmctr_vmm::config::Config;
 use vmctr_vmm::run_dir;
 
+use super::owners;
 use super::record::{self, State};
 use crate::cli::UnionUmount;
 use crate::failure::{Failure, Outcome, Verdict};
@@ -90,5 +91,6 @@ fn clear_up(config: &Config, place: &Path) -> anyhow::Result<Option<String>> {
         return Ok(None);
     }
     run_dir::cleanup(&config.run_dir, &mount.entry.key)?;
+    owners::clear_up(config)?;
     Ok(mount.lost)
 }
