@@ -2,7 +2,7 @@
 //! bytes: opcode, 0, size) and then the answer as it comes off the stream.
 
 use vmctr_fileshare::export::host::{Config, Question, Remember, check};
-use vmctr_fileshare::export::wire::abi::{ENTRY_OUT, Entry, OUT_HEADER, op};
+use vmctr_fileshare::export::wire::abi::{ENTRY_OUT, Entry, OUT_HEADER, OWN_NODES, PURE, op};
 use vmctr_fileshare::export::wire::codec::{Take, check_name};
 
 /// The request's number in all inputs.
@@ -28,7 +28,17 @@ pub fn run(input: &[u8]) {
         _ if failed => {}
         op::READ | op::READDIR | op::READDIRPLUS => assert!(body.len() as u64 <= size),
         op::MKDIR => assert_eq!(entry(&body[..ENTRY_OUT]).attr.mode & 0o170_000, 0o040_000),
-        op::LOOKUP => assert!(entry(body).nodeid != 1 && entry(body).attr.size <= i64::MAX as u64),
+        op::LOOKUP => {
+            let (found, place) = body.split_at(ENTRY_OUT);
+            let found = entry(found);
+            assert!(found.nodeid != 1 && found.nodeid < OWN_NODES && found.attr.size <= i64::MAX as u64);
+            assert!(place.is_empty() || place.len() > PURE && found.attr.mode & 0o170_000 == 0o040_000);
+        }
+        op::FIND => {
+            assert_eq!(body.len() as u64, size * ENTRY_OUT as u64);
+            let found = body.chunks(ENTRY_OUT).map(entry);
+            found.for_each(|found| assert!(found.nodeid > 1 && found.nodeid < OWN_NODES));
+        }
         _ => {}
     }
     if opcode == op::READDIRPLUS && !failed {
