@@ -8,17 +8,26 @@ use vmctr_fileshare::export::wire::codec::{Take, check_name};
 /// The request's number in all inputs.
 const UNIQUE: u64 = 2;
 
+/// A question, its answer, and the answer as it is after the check; `None` if it is refused.
+fn checked(input: &[u8]) -> Option<(Question, &[u8], Vec<u8>)> {
+    let mut take = Take::new(input);
+    let (opcode, _, size) = (take.u32().ok()?, take.u32().ok()?, take.u64().ok()?);
+    let question = Question { opcode, unique: UNIQUE, nodeid: 1, size };
+    let mut answer = take.rest().to_vec();
+    let remember = Remember::new(&Config::new("/mnt".into()));
+    check(&question, &mut answer, remember).ok()?;
+    Some((question, take.rest(), answer))
+}
+
+/// Whether an answer passes.
+#[allow(dead_code)] // The fuzzer does not ask.
+pub fn passes(input: &[u8]) -> bool {
+    checked(input).is_some()
+}
+
 /// Panics if an answer passes that must not.
 pub fn run(input: &[u8]) {
-    let mut take = Take::new(input);
-    let (Ok(opcode), Ok(_), Ok(size)) = (take.u32(), take.u32(), take.u64()) else { return };
-    let question = Question { opcode, unique: UNIQUE, nodeid: 1, size };
-    let before = take.rest();
-    let mut answer = before.to_vec();
-    let remember = Remember::new(&Config::new("/mnt".into()));
-    if check(&question, &mut answer, remember).is_err() {
-        return;
-    }
+    let Some((Question { opcode, size, .. }, before, answer)) = checked(input) else { return };
     assert_eq!(answer.len(), before.len());
     assert_eq!(answer[..OUT_HEADER], before[..OUT_HEADER]);
     let body = &before[OUT_HEADER..];
