@@ -280,3 +280,29 @@ fn writers_movers_and_readers_at_once_see_one_tree() {
         assert_eq!(changed_tree(&mounted.root), changed_tree(&place.path("merged")));
     });
 }
+
+#[test]
+fn nodes_that_are_open_nowhere_are_not_forgotten_for_want_of_open_files() {
+    in_private_namespace(|| {
+        let place = Place::new();
+        let lower = place.folder("lower");
+        fs::create_dir(lower.join("many")).unwrap();
+        for at in 0..500 {
+            File::create(lower.join(format!("many/{at}"))).unwrap();
+        }
+        let merged = place.overlay("union", &lower);
+        let layers = Layers::open(Some(&place.path("union/upper")), std::slice::from_ref(&lower)).unwrap();
+        let server = Server::new(&merged).unwrap().with_layers(layers);
+        let config = Config { layers: vec![lower], most_nodes: 50, ..Config::new(place.folder("mnt")) };
+        let mounted = Mounted::serve(server, config);
+        assert_eq!(fs::read_dir(mounted.path("many")).unwrap().count(), 500);
+        std::thread::sleep(std::time::Duration::from_millis(600));
+        assert!(mounted.export().figures().nodes > 400, "{:?}", mounted.export().figures());
+        for at in 0..500 {
+            File::options().append(true).open(mounted.path("many").join(at.to_string())).unwrap();
+        }
+        // These the guest has open.
+        super::rig::eventually_fewer(&mounted, 200);
+        mounted.unmount();
+    });
+}

@@ -250,10 +250,11 @@ fn start_threads(shared: &Arc<Shared>, first: &Device) -> io::Result<Vec<JoinHan
     let (evicting, device) = (Arc::downgrade(shared), first.another()?);
     Builder::new().name("export-evict".into()).spawn(move || {
         while let Some(shared) = evicting.upgrade() {
-            if shared.is_lost() || shared.told.evict(&device).is_err() {
+            let bound = shared.served.bound();
+            if shared.is_lost() || shared.told.evict(&device, bound).is_err() {
                 return;
             }
-            let soon = shared.told.is_nearly_full();
+            let soon = shared.told.is_nearly_full(bound);
             drop(shared);
             std::thread::sleep(if soon { SOON } else { LOOK });
         }

@@ -199,7 +199,7 @@ impl Lane {
                 all.map(|one| (u64_at(one, 0), u64_at(one, 8))).collect()
             }
         };
-        self.talk.shared.told.forgotten(forgotten.iter().map(|(_, count)| *count).sum());
+        forgotten.iter().for_each(|(node, count)| self.talk.shared.told.forgotten(*node, *count));
         self.talk.forget_counted(forgotten.into_iter());
     }
 

@@ -275,6 +275,11 @@ impl Served {
         if is_own(id) { self.table().nodes.get(&id)?.guest.map(|bound| bound.id) } else { Some(id) }
     }
 
+    /// How many of the nodes the guest knows.
+    pub(super) fn bound(&self) -> u64 {
+        self.table().by_guest.len() as u64
+    }
+
     /// While it is held, no name that a way is made of goes.
     pub(super) fn binding(&self) -> RwLockReadGuard<'_, ()> {
         self.binding.read().unwrap_or_else(std::sync::PoisonError::into_inner)
