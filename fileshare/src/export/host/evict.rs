@@ -133,11 +133,13 @@ mod tests {
         };
         told.tell(1, b"folder", 2, &attr(libc::S_IFDIR));
         told.tell(1, b"none", 0, &attr(0));
-        assert!((told.count(), lock(&told.names).len()) == (1, 0));
+        assert!((told.count(), lock(&told.guests.names).len()) == (1, 0));
         (3..30).for_each(|node| told.tell(1, b"file", node, &attr(libc::S_IFREG)));
-        assert_eq!((told.count(), lock(&told.names).len()), (28, 27));
-        told.forgotten(28);
+        assert_eq!((told.count(), lock(&told.guests.names).len()), (28, 27));
+        told.forgotten(3, 28);
         told.tell(1, b"file", 30, &attr(libc::S_IFREG));
-        assert_eq!((told.count(), lock(&told.names).len()), (1, 8), "names of what was forgotten");
+        assert_eq!((told.count(), lock(&told.guests.names).len()), (1, 8), "names of what was forgotten");
+        told.tell(1, b"own", crate::export::wire::abi::OWN_NODES, &attr(libc::S_IFREG));
+        assert_eq!((told.count(), lock(&told.guests.names).len()), (2, 8), "open nowhere");
     }
 }
