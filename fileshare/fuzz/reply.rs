@@ -2,23 +2,32 @@
 //! bytes: opcode, 0, size) and then the answer as it comes off the stream.
 
 use vmctr_fileshare::export::host::{Config, Question, Remember, check};
-use vmctr_fileshare::export::wire::abi::{ENTRY_OUT, Entry, OUT_HEADER, op};
+use vmctr_fileshare::export::wire::abi::{ENTRY_OUT, Entry, OUT_HEADER, OWN_NODES, PURE, op};
 use vmctr_fileshare::export::wire::codec::{Take, check_name};
 
 /// The request's number in all inputs.
 const UNIQUE: u64 = 2;
 
+/// A question, its answer, and the answer as it is after the check; `None` if it is refused.
+fn checked(input: &[u8]) -> Option<(Question, &[u8], Vec<u8>)> {
+    let mut take = Take::new(input);
+    let (opcode, _, size) = (take.u32().ok()?, take.u32().ok()?, take.u64().ok()?);
+    let question = Question { opcode, unique: UNIQUE, nodeid: 1, size };
+    let mut answer = take.rest().to_vec();
+    let remember = Remember::new(&Config::new("/mnt".into()));
+    check(&question, &mut answer, remember).ok()?;
+    Some((question, take.rest(), answer))
+}
+
+/// Whether an answer passes.
+#[allow(dead_code)] // The fuzzer does not ask.
+pub fn passes(input: &[u8]) -> bool {
+    checked(input).is_some()
+}
+
 /// Panics if an answer passes that must not.
 pub fn run(input: &[u8]) {
-    let mut take = Take::new(input);
-    let (Ok(opcode), Ok(_), Ok(size)) = (take.u32(), take.u32(), take.u64()) else { return };
-    let question = Question { opcode, unique: UNIQUE, nodeid: 1, size };
-    let before = take.rest();
-    let mut answer = before.to_vec();
-    let remember = Remember::new(&Config::new("/mnt".into()));
-    if check(&question, &mut answer, remember).is_err() {
-        return;
-    }
+    let Some((Question { opcode, size, .. }, before, answer)) = checked(input) else { return };
     assert_eq!(answer.len(), before.len());
     assert_eq!(answer[..OUT_HEADER], before[..OUT_HEADER]);
     let body = &before[OUT_HEADER..];
@@ -28,7 +37,17 @@ pub fn run(input: &[u8]) {
         _ if failed => {}
         op::READ | op::READDIR | op::READDIRPLUS => assert!(body.len() as u64 <= size),
         op::MKDIR => assert_eq!(entry(&body[..ENTRY_OUT]).attr.mode & 0o170_000, 0o040_000),
-        op::LOOKUP => assert!(entry(body).nodeid != 1 && entry(body).attr.size <= i64::MAX as u64),
+        op::LOOKUP => {
+            let (found, place) = body.split_at(ENTRY_OUT);
+            let found = entry(found);
+            assert!(found.nodeid != 1 && found.nodeid < OWN_NODES && found.attr.size <= i64::MAX as u64);
+            assert!(place.is_empty() || place.len() > PURE && found.attr.mode & 0o170_000 == 0o040_000);
+        }
+        op::FIND => {
+            assert_eq!(body.len() as u64, size * ENTRY_OUT as u64);
+            let found = body.chunks(ENTRY_OUT).map(entry);
+            found.for_each(|found| assert!(found.nodeid > 1 && found.nodeid < OWN_NODES));
+        }
         _ => {}
     }
     if opcode == op::READDIRPLUS && !failed {

@@ -12,5 +12,6 @@
 
 pub mod guest;
 pub mod host;
+mod stat;
 mod sys;
 pub mod wire;

@@ -5,7 +5,9 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
+use vmctr_fileshare::export::host::Writes;
 
+use super::apart::Spec;
 use super::rig::{Mounted, Place, as_user, in_private_namespace};
 use super::steps::{USER, act, fill, outcome, step, tree};
 
@@ -23,7 +25,13 @@ fn random_operations_give_what_a_kernel_overlay_gives() {
                 let number = count.replace(count.get() + 1);
                 let kernel = place.overlay(&format!("kernel{number}"), &lower);
                 let ours = place.overlay(&format!("ours{number}"), &lower);
-                let mounted = Mounted::new(&ours, &place.folder("mnt"));
+                let mountpoint = place.folder("mnt");
+                // Each second one is served from the layers where it can be.
+                let layers =
+                    (number % 2 == 0).then(|| (place.path(&format!("ours{number}/upper")), lower.clone()));
+                let writes = Writes::Through;
+                let mounted =
+                    Mounted::apart(&Spec { folder: &ours, mountpoint: &mountpoint, writes, layers });
                 for (step, by_user) in &steps {
                     let run = |root: &Path| {
                         let act = || outcome(act(root, step));

@@ -118,12 +118,13 @@ fn serve(stream: &Stream, evil: &Evil) {
 }
 
 /// A mount that an evil guest serves.
-struct Victim {
+struct Victim<'a> {
     root: PathBuf,
     export: Export,
+    place: &'a Place,
 }
 
-impl Victim {
+impl Victim<'_> {
     fn try_listing(&self) -> io::Result<usize> {
         fs::read_dir(&self.root)?.try_fold(0, |count, entry| entry.map(|_| count + 1))
     }
@@ -140,7 +141,10 @@ impl Victim {
     }
 }
 
-fn under(evil: impl Fn(&InHeader, &[u8]) -> Deed + Send + Sync + 'static, test: impl FnOnce(&Victim) + Send) {
+fn under(
+    evil: impl Fn(&InHeader, &[u8]) -> Deed + Send + Sync + 'static,
+    test: impl FnOnce(&Victim<'_>) + Send,
+) {
     in_private_namespace(|| {
         let place = Place::new();
         let root = place.folder("mnt");
@@ -153,10 +157,19 @@ fn under(evil: impl Fn(&InHeader, &[u8]) -> Deed + Send + Sync + 'static, test: 
             ours
         };
         let streams = Streams { turns: vec![stream(), stream(), stream()], waits: stream() };
-        let config =
-            Config { patience: Duration::from_millis(1500), most_entries: 5000, ..Config::new(root.clone()) };
+        let layer = place.folder("layer");
+        fs::create_dir_all(layer.join("whole/below")).unwrap();
+        fs::write(layer.join("whole/inside"), TEXT).unwrap();
+        std::os::unix::fs::symlink("..", layer.join("whole/up")).unwrap();
+        fs::create_dir(place.path("outside")).unwrap();
+        let config = Config {
+            patience: Duration::from_millis(1500),
+            most_entries: 5000,
+            layers: vec![layer],
+            ..Config::new(root.clone())
+        };
         let export = Export::start(&config, streams).unwrap();
-        let victim = Victim { root, export };
+        let victim = Victim { root, export, place: &place };
         test(&victim);
         take_away(&victim.root);
         let started = Instant::now();
@@ -177,7 +190,7 @@ fn instead(opcode: u32, body: Vec<u8>) -> impl Fn(&InHeader, &[u8]) -> Deed + Se
 
 #[test]
 fn the_stand_in_can_be_honest() {
-    under(|_, _| Deed::Honest, Victim::assert_usable);
+    under(|_, _| Deed::Honest, |victim| victim.assert_usable());
 }
 
 #[test]
@@ -499,4 +512,83 @@ fn a_guest_that_reads_nothing_hangs_nobody() {
         assert!(matches!(export.wait(), Some(Lost::Silent(_))));
         drop(kept);
     });
+}
+
+/// Says of every name that it is a folder, as one of the host's is, which lies whole at a path of the first layer.
+fn claims(like: PathBuf, path: &'static [u8]) -> impl Fn(&InHeader, &[u8]) -> Deed + Send + Sync + 'static {
+    move |header, _| {
+        use std::os::unix::fs::MetadataExt;
+        if header.opcode != op::LOOKUP {
+            return Deed::Honest;
+        }
+        let meta = fs::symlink_metadata(&like).unwrap();
+        let (mtime, mtimensec) = (meta.mtime() as u64, meta.mtime_nsec() as u32);
+        let (ino, mode, nlink) = (meta.ino(), libc::S_IFDIR | 0o755, meta.nlink() as u32);
+        let attr = Attr { ino, mode, nlink, mtime, mtimensec, blksize: 4096, ..Attr::default() };
+        let mut body = Vec::new();
+        Entry { nodeid: 20, attr }.put(&mut body);
+        body.u32(1).u32(0).bytes(path);
+        Deed::Body(body)
+    }
+}
+
+/// The folder of the test that is being run.
+fn with_claim(like: &'static str, path: &'static [u8], test: impl FnOnce(&Victim<'_>) + Send) {
+    let place: Arc<std::sync::OnceLock<PathBuf>> = Arc::default();
+    let known = Arc::clone(&place);
+    let evil = move |header: &InHeader, body: &[u8]| match known.get() {
+        Some(folder) => claims(folder.join(like), path)(header, body),
+        None => Deed::Honest,
+    };
+    under(evil, move |victim| {
+        place.set(victim.place.path("")).unwrap();
+        test(victim);
+    });
+}
+
+#[test]
+fn a_folder_that_lies_whole_in_a_layer_is_found_without_the_guest() {
+    with_claim("layer/whole", b"whole", |victim| {
+        assert_eq!(fs::read(victim.path("x/inside")).unwrap(), TEXT);
+        assert_eq!(fs::read_dir(victim.path("x")).unwrap().count(), 3);
+        assert_eq!(fs::read_link(victim.path("x/up")).unwrap(), PathBuf::from(".."));
+    });
+}
+
+#[test]
+fn claims_that_lead_out_of_the_layer_are_not_followed() {
+    let cases: [(&'static str, &'static [u8]); 5] = [
+        ("outside", b"../outside"),
+        ("outside", b"whole/../../outside"),
+        ("layer", b"whole/up"),
+        ("layer/whole/below", b"whole"),
+        ("layer/whole/below", b"whole/\0/below"),
+    ];
+    for (like, path) in cases {
+        with_claim(like, path, |victim| {
+            // To the guest, all names are one folder, which the kernel refuses to have in itself.
+            assert_errno(fs::metadata(victim.path("x/inside")), libc::ELOOP);
+        });
+    }
+}
+
+#[test]
+fn a_guest_that_finds_something_else_gets_nothing_done() {
+    // FIND is answered by a folder where the layer has a file, by too few, and by the host's own numbers.
+    for found in
+        [entry(30, libc::S_IFDIR), Vec::new(), entry(1 << 63, libc::S_IFREG), entry(1, libc::S_IFREG)]
+    {
+        let place: Arc<std::sync::OnceLock<PathBuf>> = Arc::default();
+        let known = Arc::clone(&place);
+        let evil = move |header: &InHeader, body: &[u8]| match (known.get(), header.opcode) {
+            (Some(_), op::FIND) => Deed::Body(found.clone()),
+            (Some(folder), _) => claims(folder.join("layer/whole"), b"whole")(header, body),
+            _ => Deed::Honest,
+        };
+        under(evil, move |victim| {
+            place.set(victim.place.path("")).unwrap();
+            eio(File::options().write(true).open(victim.path("x/inside")));
+            assert_eq!(victim.export.lost(), None);
+        });
+    }
 }

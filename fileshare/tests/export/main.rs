@@ -17,6 +17,7 @@ mod others;
 mod overlay;
 mod random_io;
 mod rig;
+mod served;
 mod shortcut;
 mod steps;
 mod sys;

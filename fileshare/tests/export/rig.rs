@@ -226,3 +226,12 @@ pub fn assert_errno<T>(result: std::io::Result<T>, errno: i32) {
     let error = result.err().unwrap_or_else(|| panic!("succeeded, wanted errno {errno}"));
     assert_eq!(error.raw_os_error(), Some(errno), "{error}");
 }
+
+/// Waits until the kernel knows fewer files than so many.
+pub fn eventually_fewer(mounted: &Mounted, most: u64) {
+    let until = Instant::now() + Duration::from_secs(10);
+    while mounted.export().figures().nodes >= most {
+        assert!(Instant::now() < until, "{:?}", mounted.export().figures());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

@@ -2,6 +2,7 @@
 
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -11,8 +12,9 @@ use rustix::io::Errno;
 use super::caller::Caller;
 use super::handles::Handle;
 use super::message::{Answer, Request};
-use super::nodes::{Node, device, magic};
+use super::nodes::{Node, magic};
 use super::server::{Failure, Server};
+use crate::export::stat::device;
 use crate::export::wire::abi::{Attr, CAPABILITIES, NO_CAPABILITIES, flag};
 use crate::export::wire::codec::Put;
 
@@ -29,10 +31,41 @@ impl Server {
         request.body.end()?;
         let parent = self.nodes.find(request.header.nodeid)?;
         match self.look(&parent, name) {
-            Ok((node, attr)) => answer.entry(node.id, attr),
+            Ok((node, attr)) => {
+                answer.entry(node.id, attr);
+                self.put_pure(&node, &attr, answer);
+            }
             // An answer that can be remembered, unlike an error.
             Err(Errno::NOENT) => answer.entry(0, Attr::default()),
             Err(errno) => return Err(errno.into()),
+        }
+        Ok(())
+    }
+
+    /// Appends where a folder lies, if it lies in one lower layer only.
+    fn put_pure(&self, node: &Node, attr: &Attr, answer: &mut Answer) {
+        let folder = self.layers.as_ref().filter(|_| attr.kind() == libc::S_IFDIR);
+        let Some(parts) = folder.and_then(|layers| layers.parts(&self.root, node)) else { return };
+        if let Some(layer) = parts.only {
+            answer.u32(layer.into()).u32(0).bytes(parts.path.as_os_str().as_bytes());
+        }
+    }
+
+    pub(super) fn find(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
+        let mut parent = self.nodes.find(request.header.nodeid)?;
+        let mut found = Vec::new();
+        while !request.body.rest().is_empty() {
+            let (node, attr) = match self.look(&parent, request.body.name()?) {
+                Ok(one) => one,
+                Err(errno) => {
+                    // The host hears of none of them.
+                    found.iter().for_each(|id| self.nodes.forget(*id, 1));
+                    return Err(errno.into());
+                }
+            };
+            found.push(node.id);
+            answer.entry(node.id, attr);
+            parent = node;
         }
         Ok(())
     }

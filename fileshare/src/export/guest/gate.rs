@@ -97,6 +97,7 @@ fn only_looks(opcode: u32) -> bool {
     matches!(
         opcode,
         op::LOOKUP
+            | op::FIND
             | op::FORGET
             | op::BATCH_FORGET
             | op::GETATTR

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 
 use super::message::Answer;
 use super::nodes::{Node, magic, stat};
+use crate::export::stat::attr;
 use crate::export::wire::abi::Attr;
 use crate::export::wire::codec::Put;
 
@@ -34,8 +35,8 @@ pub(super) struct Parts {
     pub(super) path: PathBuf,
     upper: Option<OwnedFd>,
     lowers: Vec<(u16, OwnedFd)>,
-    /// The folder is one layer's and no other's, so that all its files are.
-    only: Option<u16>,
+    /// The folder is one layer's and no other's, so that all that is in it is.
+    pub(super) only: Option<u16>,
 }
 
 /// A lower file's place.
@@ -124,10 +125,11 @@ fn look(folder: &OwnedFd, path: &Path) -> rustix::io::Result<OwnedFd> {
 }
 
 impl Parts {
-    /// The lower layer that a file of this folder lies in, counted from 1; 0 if it is none that the host could
-    /// read by itself.
+    /// The lower layer that a file of this folder lies in, or a folder of it whole, counted from 1; 0 if it is none
+    /// that the host could read by itself.
     pub(super) fn layer(&self, name: &CStr, merged: &Attr) -> u16 {
-        if merged.kind() != libc::S_IFREG || merged.size == 0 {
+        let is_folder = merged.kind() == libc::S_IFDIR;
+        if !is_folder && (merged.kind() != libc::S_IFREG || merged.size == 0) {
             return 0;
         }
         if let Some(layer) = self.only {
@@ -136,12 +138,15 @@ impl Parts {
         if self.upper.as_ref().is_some_and(|upper| stat_at(upper, name) != Err(Errno::NOENT)) {
             return 0;
         }
-        let found = self.lowers.iter().find_map(|(layer, folder)| match stat_at(folder, name) {
+        let mut found = self.lowers.iter().filter_map(|(layer, folder)| match stat_at(folder, name) {
             Err(Errno::NOENT) => None,
             other => Some((*layer, other)),
         });
-        match found {
-            Some((layer, Ok(lower))) if facts(merged) == facts(&lower) => layer,
+        match found.next() {
+            // What lies below a file is hidden, what lies below a folder is merged with it.
+            Some((layer, Ok(lower))) if facts(merged) == facts(&lower) => {
+                if is_folder && found.next().is_some() { 0 } else { layer }
+            }
             _ => 0,
         }
     }
@@ -150,11 +155,11 @@ impl Parts {
 fn stat_at(folder: &OwnedFd, name: &CStr) -> rustix::io::Result<Attr> {
     let wanted = StatxFlags::BASIC_STATS;
     let st = rustix::fs::statx(folder, name, AtFlags::SYMLINK_NOFOLLOW, wanted)?;
-    Ok(super::nodes::attr(&st, st.stx_ino))
+    Ok(attr(&st, st.stx_ino))
 }
 
 fn is_same(merged: &Statx, lower: &Statx) -> bool {
-    let [merged, lower] = [merged, lower].map(|st| super::nodes::attr(st, st.stx_ino));
+    let [merged, lower] = [merged, lower].map(|st| attr(st, st.stx_ino));
     facts(&merged) == facts(&lower)
 }
 

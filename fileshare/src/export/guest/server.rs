@@ -249,6 +249,7 @@ impl Server {
         let _inside = self.gate.enter(request.header.opcode)?;
         match request.header.opcode {
             op::LOOKUP => self.lookup(request, answer),
+            op::FIND => self.find(request, answer),
             op::FORGET | op::BATCH_FORGET => self.forget(request),
             op::GETATTR => self.getattr(request, answer),
             op::SETATTR => self.setattr(request, answer),

@@ -12,7 +12,7 @@ use super::config::{Cache, Config};
 use super::question::{Question, put_u64_at};
 use crate::export::wire::abi::{
     ATTR, ATTR_OUT, Attr, DIRENT, ENTRY_OUT, Entry, LISTED, NAME_MAX, NO_CAPABILITIES, OPEN_OUT, OUT_HEADER,
-    OutHeader, ROOT_ID, dirent_len, folders_after, op,
+    OWN_NODES, OutHeader, ROOT_ID, dirent_len, folders_after, op,
 };
 use crate::export::wire::codec::{Malformed, Put, Take, check_name};
 
@@ -65,6 +65,14 @@ impl Remember {
         body
     }
 
+    /// `fuse_entry_out` of a node of the host's own, whose attributes were checked.
+    pub(super) fn entry_out(self, nodeid: u64, attr: &Attr) -> Vec<u8> {
+        let mut body = Vec::with_capacity(ENTRY_OUT);
+        Entry { nodeid, attr: *attr }.put(&mut body);
+        put_times(&mut body, (self.time, self.attributes(attr)));
+        body
+    }
+
     /// The file's attributes are asked for each time while it has set-ID bits: the guest clears those when the
     /// file is written, which the kernel does not see.
     fn attributes(self, attr: &Attr) -> Duration {
@@ -101,7 +109,8 @@ pub fn check(question: &Question, message: &mut [u8], remember: Remember) -> Res
 
 fn check_body(question: &Question, body: &mut [u8], remember: Remember) -> Result<(), Malformed> {
     match question.opcode {
-        op::LOOKUP => entry(body, ENTRY_OUT, None, true, remember),
+        op::LOOKUP => looked_up(body, remember),
+        op::FIND => found(body, question.size, remember),
         op::MKDIR => entry(body, ENTRY_OUT, Some(libc::S_IFDIR), false, remember),
         op::SYMLINK => entry(body, ENTRY_OUT, Some(libc::S_IFLNK), false, remember),
         op::LINK => entry(body, ENTRY_OUT, None, false, remember),
@@ -148,6 +157,39 @@ fn at_most(body: &[u8], size: u64) -> Result<(), Malformed> {
     if body.len() as u64 <= size { Ok(()) } else { Err(Malformed("more data than asked")) }
 }
 
+fn looked_up(body: &mut [u8], remember: Remember) -> Result<(), Malformed> {
+    let at = body.len().min(ENTRY_OUT);
+    let (found, pure) = body.split_at_mut(at);
+    entry(found, ENTRY_OUT, None, true, remember)?;
+    match pure_folder(found, pure) {
+        None if !pure.is_empty() => Err(Malformed("a place in the layers that is none")),
+        _ => Ok(()),
+    }
+}
+
+/// Where in a layer a folder lies whole: the layer, from 0, and the path.
+fn pure_folder<'a>(found: &[u8], pure: &'a [u8]) -> Option<(usize, &'a [u8])> {
+    let mut take = Take::new(pure);
+    let (layer, padding) = (take.u32().ok()?, take.u32().ok()?);
+    let is_folder = Entry::take_completed(found).is_ok_and(|entry| entry.attr.kind() == libc::S_IFDIR);
+    let path = take.rest();
+    let sound = is_folder && padding == 0 && !path.is_empty() && path.len() <= PATH_MAX;
+    sound.then_some((layer.checked_sub(1)? as usize, path))
+}
+
+/// The same of a LOOKUP's answer that was checked.
+pub(super) fn pure_part(body: &[u8]) -> Option<(usize, &[u8])> {
+    let (found, pure) = body.split_at_checked(ENTRY_OUT)?;
+    pure_folder(found, pure)
+}
+
+fn found(body: &mut [u8], names: u64, remember: Remember) -> Result<(), Malformed> {
+    if body.len() as u64 != names.saturating_mul(ENTRY_OUT as u64) {
+        return Err(Malformed("another number of files than were asked for"));
+    }
+    body.chunks_exact_mut(ENTRY_OUT).try_for_each(|one| entry(one, ENTRY_OUT, None, false, remember))
+}
+
 fn entry(
     body: &mut [u8],
     length: usize,
@@ -159,7 +201,7 @@ fn entry(
     let entry = Entry::take(&mut Take::new(body))?;
     let times = match entry.nodeid {
         0 if may_lack && entry.attr == Attr::default() => (remember.absent, Duration::ZERO),
-        0 | ROOT_ID => return Err(Malformed("a node that is none, or the root")),
+        0 | ROOT_ID | OWN_NODES.. => return Err(Malformed("a node that is none, or the root")),
         _ => {
             check_attr(&entry.attr)?;
             if kind.is_some_and(|kind| kind != entry.attr.kind()) {
@@ -193,7 +235,7 @@ fn attributes(body: &mut [u8], remember: Remember) -> Result<(), Malformed> {
     Ok(())
 }
 
-fn check_attr(attr: &Attr) -> Result<(), Malformed> {
+pub(super) fn check_attr(attr: &Attr) -> Result<(), Malformed> {
     const SECOND: u32 = 1_000_000_000;
     let kinds = [
         libc::S_IFREG,
@@ -276,11 +318,15 @@ impl<'a> Folder<'a> {
         Ok(Self { guest, whole, entries: take.bytes(entries)?, path: take.bytes(path)?, layers: take.rest() })
     }
 
-    /// The files that lie in a lower layer, and which, counted from 0.
+    /// The files that lie in a lower layer and the folders that do so whole, and which, counted from 0.
     pub(super) fn in_layers(&self) -> impl Iterator<Item = (Listed<'a>, usize)> {
-        let layers = self.layers.chunks_exact(2).map(|layer| u16::from_le_bytes([layer[0], layer[1]]));
-        let hinted = entries(self.entries).zip(layers);
-        hinted.filter_map(|(entry, layer)| Some((entry, usize::from(layer).checked_sub(1)?)))
+        entries(self.entries).zip(self.layers()).filter_map(|(entry, layer)| Some((entry, layer?)))
+    }
+
+    /// For each entry the layer, if it is known.
+    pub(super) fn layers(&self) -> impl Iterator<Item = Option<usize>> + use<'a> {
+        let layers = self.layers.chunks_exact(2);
+        layers.map(|layer| usize::from(u16::from_le_bytes([layer[0], layer[1]])).checked_sub(1))
     }
 }
 
@@ -397,7 +443,7 @@ fn listed_node(entry: &mut [u8], dots: bool, kind: u32, remember: Remember) -> R
     let listed = Entry::take(&mut Take::new(entry))?;
     match listed.nodeid {
         0 if listed.attr == Attr::default() => Ok(()),
-        0 | ROOT_ID => Err(Malformed("a listing with the root, or what is nothing, in it")),
+        0 | ROOT_ID | OWN_NODES.. => Err(Malformed("a listing with the root, or what is nothing, in it")),
         _ if dots => Err(Malformed("a listing that names the node of . or ..")),
         _ => {
             check_attr(&listed.attr)?;

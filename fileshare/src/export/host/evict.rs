@@ -16,13 +16,23 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::device::{Device, Gone};
+use super::served::is_own;
 use super::shared::lock;
 use crate::export::wire::abi::{Attr, NAME_MAX};
 use crate::export::wire::codec::Take;
 
-/// What the kernel knows.
+/// How many nodes of the host's own the kernel may know: they are open nowhere, and cost memory only.
+const MOST_OWN: u64 = 1 << 18;
+
+/// What the kernel knows: the guest's nodes, and the host's own.
 #[derive(Debug)]
 pub(super) struct Told {
+    guests: Kind,
+    own: Kind,
+}
+
+#[derive(Debug)]
+struct Kind {
     most: u64,
     /// How often it was told of a node and has not forgotten.
     count: AtomicU64,
@@ -31,11 +41,49 @@ pub(super) struct Told {
 
 impl Told {
     pub(super) fn new(most: u64) -> Self {
-        Self { most, count: AtomicU64::new(0), names: Mutex::default() }
+        Self { guests: Kind::new(most), own: Kind::new(MOST_OWN) }
+    }
+
+    fn kind(&self, nodeid: u64) -> &Kind {
+        if is_own(nodeid) { &self.own } else { &self.guests }
     }
 
     /// The kernel is told of a node under a name.
     pub(super) fn tell(&self, folder: u64, name: &[u8], nodeid: u64, attr: &[u8]) {
+        self.kind(nodeid).tell(folder, name, nodeid, attr);
+    }
+
+    /// The kernel forgot a node so often.
+    pub(super) fn forgotten(&self, nodeid: u64, count: u64) {
+        // The kernel is trusted to forget no more than it was told.
+        self.kind(nodeid).count.fetch_sub(count, Ordering::Relaxed);
+    }
+
+    pub(super) fn count(&self) -> u64 {
+        self.guests.count() + self.own.count()
+    }
+
+    /// Whether one look more may be one too late; `bound` of the host's own are the guest's, too.
+    pub(super) fn is_nearly_full(&self, bound: u64) -> bool {
+        self.guests.count() + bound > self.guests.most / 2 || self.own.count() > self.own.most / 2
+    }
+
+    /// Evicts the oldest if there are too many.
+    pub(super) fn evict(&self, device: &Device, bound: u64) -> Result<(), Gone> {
+        let most = self.guests.most;
+        self.guests.evict(device, most)?;
+        // Some of those that the guest knows may be among the oldest: by and by all of them are.
+        let own = if bound > most { self.own.count() - self.own.count() / 8 } else { self.own.most };
+        self.own.evict(device, own)
+    }
+}
+
+impl Kind {
+    fn new(most: u64) -> Self {
+        Self { most, count: AtomicU64::new(0), names: Mutex::default() }
+    }
+
+    fn tell(&self, folder: u64, name: &[u8], nodeid: u64, attr: &[u8]) {
         if nodeid == 0 {
             return;
         }
@@ -51,27 +99,16 @@ impl Told {
         }
     }
 
-    /// The kernel forgot so often.
-    pub(super) fn forgotten(&self, count: u64) {
-        // The kernel is trusted to forget no more than it was told.
-        self.count.fetch_sub(count, Ordering::Relaxed);
-    }
-
-    pub(super) fn count(&self) -> u64 {
+    fn count(&self) -> u64 {
         self.count.load(Ordering::Relaxed)
     }
 
-    pub(super) fn is_nearly_full(&self) -> bool {
-        self.count() > self.most / 2
-    }
-
-    /// Evicts the oldest if there are too many.
-    pub(super) fn evict(&self, device: &Device) -> Result<(), Gone> {
-        if self.count() <= self.most {
+    fn evict(&self, device: &Device, most: u64) -> Result<(), Gone> {
+        if self.count() <= most {
             return Ok(());
         }
         // Some room, so that it is not done for each single file.
-        for _ in 0..self.count().saturating_sub(self.most - self.most / 8) {
+        for _ in 0..self.count().saturating_sub(most - most / 8) {
             let Some((folder, name)) = lock(&self.names).pop_front() else { return Ok(()) };
             device.forget_name(folder, &name)?;
         }
@@ -96,11 +133,13 @@ mod tests {
         };
         told.tell(1, b"folder", 2, &attr(libc::S_IFDIR));
         told.tell(1, b"none", 0, &attr(0));
-        assert!((told.count(), lock(&told.names).len()) == (1, 0));
+        assert!((told.count(), lock(&told.guests.names).len()) == (1, 0));
         (3..30).for_each(|node| told.tell(1, b"file", node, &attr(libc::S_IFREG)));
-        assert_eq!((told.count(), lock(&told.names).len()), (28, 27));
-        told.forgotten(28);
+        assert_eq!((told.count(), lock(&told.guests.names).len()), (28, 27));
+        told.forgotten(3, 28);
         told.tell(1, b"file", 30, &attr(libc::S_IFREG));
-        assert_eq!((told.count(), lock(&told.names).len()), (1, 8), "names of what was forgotten");
+        assert_eq!((told.count(), lock(&told.guests.names).len()), (1, 8), "names of what was forgotten");
+        told.tell(1, b"own", crate::export::wire::abi::OWN_NODES, &attr(libc::S_IFREG));
+        assert_eq!((told.count(), lock(&told.guests.names).len()), (2, 8), "open nowhere");
     }
 }

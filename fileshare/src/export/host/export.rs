@@ -15,11 +15,13 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
+use super::beneath::Beneath;
 use super::config::{Cache, Config, Writes};
 use super::device::{Device, Gone};
 use super::init::{InitError, Offer, asked};
 use super::lane::Lane;
 use super::mount::{Apart, Cut, MountError};
+use super::served::Served;
 use super::shared::{Lost, OpenFlags, Shared};
 use super::shortcut::Shortcut;
 use crate::export::wire::abi::{MAX_MESSAGE, feature, flag, name, op};
@@ -108,10 +110,11 @@ impl Export {
     pub fn start(config: &Config, streams: Streams) -> Result<Self, StartError> {
         check_config(config, &streams)?;
         let shortcut = Shortcut::open(&config.layers).map_err(StartError::Layers)?;
+        let served = Served::new(Beneath::open(&config.layers).map_err(StartError::Layers)?);
         let features = greet(config, &streams)?;
         let apart = Apart::make(config).map_err(StartError::Mount)?;
         let features = init(&apart.device, features)?;
-        let shared = Arc::new(Shared::new(config, open_flags(config), shortcut, streams));
+        let shared = Arc::new(Shared::new(config, open_flags(config), (shortcut, served), streams));
         tracing::debug!(
             features = format!("{features:#x}"),
             lanes = shared.lanes.len(),
@@ -133,7 +136,7 @@ impl Export {
     /// How often the guest was asked, by opcode: what the mount costs is these times the cost of one. What is
     /// answered here, or sent without waiting, does not count.
     pub fn turns(&self) -> Vec<(u32, u64)> {
-        let opcodes = (op::LOOKUP..=op::TMPFILE).chain([op::OPEN_READ, op::OPENDIR_READ]);
+        let opcodes = (op::LOOKUP..=op::TMPFILE).chain([op::OPEN_READ, op::OPENDIR_READ, op::FIND]);
         opcodes.map(|opcode| (opcode, self.shared.turns.of(opcode))).filter(|(_, count)| *count > 0).collect()
     }
 
@@ -247,10 +250,11 @@ fn start_threads(shared: &Arc<Shared>, first: &Device) -> io::Result<Vec<JoinHan
     let (evicting, device) = (Arc::downgrade(shared), first.another()?);
     Builder::new().name("export-evict".into()).spawn(move || {
         while let Some(shared) = evicting.upgrade() {
-            if shared.is_lost() || shared.told.evict(&device).is_err() {
+            let bound = shared.served.bound();
+            if shared.is_lost() || shared.told.evict(&device, bound).is_err() {
                 return;
             }
-            let soon = shared.told.is_nearly_full();
+            let soon = shared.told.is_nearly_full(bound);
             drop(shared);
             std::thread::sleep(if soon { SOON } else { LOOK });
         }

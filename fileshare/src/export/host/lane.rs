@@ -14,12 +14,12 @@ use std::sync::Arc;
 
 use super::attrs::Moment;
 use super::device::{Device, Gone};
-use super::question::{changes, handle_places, is_served, opens_to_write, put_u64_at, u32_at, u64_at};
+use super::question::{changes, handle_places, is_served, made, opens_to_write, put_u64_at, u32_at, u64_at};
 use super::shared::Shared;
 use super::talk::{Errno, Talk, message};
 use crate::export::wire::abi::{
-    ATTR, CAPABILITIES, ENTRY_OUT, IN_HEADER, InHeader, MAX_MESSAGE, NAME_MAX, NO_CAPABILITIES, OUT_HEADER,
-    flag, folders_after, op,
+    ATTR, CAPABILITIES, ENTRY_OUT, IN_HEADER, InHeader, MAX_MESSAGE, NAME_MAX, NO_CAPABILITIES, NODEID,
+    OUT_HEADER, flag, folders_after, op,
 };
 use crate::export::wire::codec::{Put, Take};
 
@@ -58,6 +58,9 @@ impl Lane {
         // Where others write, too, who opens a file sees what was written before.
         if header.opcode == op::OPEN && self.talk.shared.attrs.is_none() {
             self.device.forget_attributes(header.nodeid);
+        }
+        if self.answer_own(&header, message) {
+            return;
         }
         let result = match header.opcode {
             op::FORGET | op::BATCH_FORGET => return self.forget(&header, message),
@@ -99,15 +102,15 @@ impl Lane {
         self.put_handles(header, message)?;
         let shared = self.shared();
         let changes = changes(header.opcode, &message[IN_HEADER..]);
-        let note = || {
+        let note = |message: &[u8]| {
             if changes {
                 shared.note(header, &message[IN_HEADER..]);
             }
         };
-        note();
+        note(message);
         let before = shared.moment();
         let answer = self.talk.ask(message);
-        note();
+        note(message);
         let (answer, folders) = part(header.opcode, answer?);
         keep_folders(&shared, header, &message[IN_HEADER..], folders, before.map(Moment::after_change));
         match header.opcode {
@@ -181,20 +184,23 @@ impl Lane {
         let is_folder = matches!(header.opcode, op::FSYNCDIR | op::READDIR);
         let opcode = if is_folder { op::OPENDIR_READ } else { op::OPEN };
         // No flags to open with, or no room for entries.
-        let request = message(&InHeader { opcode, ..*header }, &[0; 8]);
-        let guest = u64_at(self.talk.ask(&request)?, OUT_HEADER);
+        let mut request = message(&InHeader { opcode, ..*header }, &[0; 8]);
+        let guest = u64_at(self.talk.ask(&mut request)?, OUT_HEADER);
         state.guest = Some(guest);
         Ok(guest)
     }
 
     fn forget(&self, header: &InHeader, message: &[u8]) {
         let body = &message[IN_HEADER..];
-        let count = match header.opcode {
-            op::FORGET => u64_at(body, 0),
-            _ => body.get(8..).unwrap_or_default().chunks_exact(16).map(|one| u64_at(one, 8)).sum(),
+        let forgotten: Vec<_> = match header.opcode {
+            op::FORGET => vec![(header.nodeid, u64_at(body, 0))],
+            _ => {
+                let all = body.get(8..).unwrap_or_default().chunks_exact(16);
+                all.map(|one| (u64_at(one, 0), u64_at(one, 8))).collect()
+            }
         };
-        self.talk.shared.told.forgotten(count);
-        self.talk.tell(message);
+        forgotten.iter().for_each(|(node, count)| self.talk.shared.told.forgotten(*node, *count));
+        self.talk.forget_counted(forgotten.into_iter());
     }
 
     fn open_here(&self, header: &InHeader, flags: u32) {
@@ -241,7 +247,12 @@ impl Lane {
     fn wait(&mut self, header: &InHeader, message: &mut [u8]) {
         self.note_lock(header, message);
         let shared = self.shared();
-        match self.put_handles(header, message) {
+        let put = self.put_handles(header, message).and_then(|()| {
+            let guest = self.talk.guest_node(header, header.nodeid)?;
+            put_u64_at(message, NODEID, guest);
+            Ok(())
+        });
+        match put {
             Ok(()) if !shared.is_lost() => shared.waits.add(&shared, &self.device, header.unique, message),
             Ok(()) => self.device.answer_errno(header.unique, libc::EIO),
             Err(errno) => self.device.answer_errno(header.unique, errno),
@@ -276,18 +287,6 @@ fn keep_folders(shared: &Shared, header: &InHeader, body: &[u8], folders: &[u8],
     for (node, attr) in nodes.into_iter().zip(folders.chunks_exact(ATTR)) {
         shared.keep_attr(node, attr, then);
     }
-}
-
-/// The name under which the kernel is told of a node by the answer; of one without a name, an empty one.
-fn made(opcode: u32, body: &[u8]) -> Option<&[u8]> {
-    let at = match opcode {
-        op::LOOKUP | op::SYMLINK => 0,
-        op::MKDIR | op::LINK => 8,
-        op::MKNOD | op::CREATE => 16,
-        op::TMPFILE => return Some(b""),
-        _ => return None,
-    };
-    body.get(at..).unwrap_or_default().split(|byte| *byte == 0).next()
 }
 
 fn note_bare(shared: &Shared, file: u64) {

@@ -44,6 +44,8 @@ pub(super) struct State {
     pub(super) host: Option<Arc<HostFile>>,
     /// What was listed and not yet taken.
     pub(super) ahead: Option<Ahead>,
+    /// It is listed on the host, and so to its end.
+    pub(super) begun: bool,
     /// Entries given to the kernel since the folder's start.
     pub(super) listed: u64,
 }

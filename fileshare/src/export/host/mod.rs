@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   kernel ─ device ─ lane ─┬─ lazy, reading   what need not cross, or crosses joined with the next
+//!                           ├─ own ─ served    folders of one lower layer, read by the host
 //!                           ├─ talk ═ stream   question ... answer ─ check ─> kernel
 //!                           └─ waits ═ stream  locks that are waited for
 //! ```
@@ -15,6 +16,7 @@
 //! 5. How long things are remembered, and the flags of open files, are set here.
 
 mod attrs;
+mod beneath;
 mod check;
 mod clock;
 mod config;
@@ -26,8 +28,11 @@ mod known;
 mod lane;
 mod lazy;
 mod mount;
+mod own;
 mod question;
 mod reading;
+mod served;
+mod settle;
 mod shared;
 mod shortcut;
 mod talk;

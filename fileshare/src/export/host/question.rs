@@ -1,6 +1,6 @@
 //! What the kernel asked, as far as the answer is measured by it.
 
-use crate::export::wire::abi::{IN_HEADER, InHeader, flag, op};
+use crate::export::wire::abi::{IN_HEADER, InHeader, NODEID, flag, op};
 use crate::export::wire::codec::Take;
 
 /// A request of which an answer is awaited.
@@ -12,7 +12,8 @@ pub struct Question {
     pub unique: u64,
     /// What it is about.
     pub nodeid: u64,
-    /// The most bytes that the answer may hold, or may claim to have written; for MKNOD the mode.
+    /// The most bytes that the answer may hold, or may claim to have written; for MKNOD the mode, for FIND how many
+    /// names.
     pub size: u64,
 }
 
@@ -25,6 +26,7 @@ impl Question {
             op::READ | op::READDIR | op::READDIRPLUS | op::WRITE | op::OPEN_READ => u32_at(body, 16).into(),
             op::GETXATTR | op::LISTXATTR | op::MKNOD | op::OPENDIR_READ => u32_at(body, 0).into(),
             op::COPY_FILE_RANGE => u64_at(body, 40),
+            op::FIND => body.iter().filter(|byte| **byte == 0).count() as u64,
             _ => 0,
         };
         Self { opcode: header.opcode, unique: header.unique, nodeid: header.nodeid, size }
@@ -59,6 +61,51 @@ pub(super) fn handle_places(opcode: u32, body: &[u8]) -> &'static [usize] {
         op::SETATTR if u32_at(body, 0) & flag::FATTR_FH != 0 => &[8],
         _ => &[],
     }
+}
+
+/// Where in a message the numbers of nodes are.
+pub(super) fn node_places(opcode: u32) -> &'static [usize] {
+    match opcode {
+        op::RENAME | op::RENAME2 | op::LINK => &[NODEID, IN_HEADER],
+        op::COPY_FILE_RANGE => &[NODEID, IN_HEADER + 16],
+        _ => &[NODEID],
+    }
+}
+
+/// The name under which the kernel is told of a node by the answer; of one without a name, an empty one.
+pub(super) fn made(opcode: u32, body: &[u8]) -> Option<&[u8]> {
+    match opcode {
+        op::LOOKUP => Some(string(body, 0)),
+        op::TMPFILE => Some(b""),
+        _ => name_made(opcode, body),
+    }
+}
+
+fn name_made(opcode: u32, body: &[u8]) -> Option<&[u8]> {
+    match opcode {
+        op::SYMLINK => Some(string(body, 0)),
+        op::MKDIR | op::LINK => Some(string(body, 8)),
+        op::MKNOD | op::CREATE => Some(string(body, 16)),
+        _ => None,
+    }
+}
+
+/// The names that a request makes, moves or removes, and the folders that they are in.
+pub(super) fn names_taken<'a>(header: &InHeader, body: &'a [u8]) -> [Option<(u64, &'a [u8])>; 2] {
+    let here = |name| Some((header.nodeid, name));
+    let at = match header.opcode {
+        op::UNLINK | op::RMDIR => return [here(string(body, 0)), None],
+        op::RENAME => 8,
+        op::RENAME2 => 16,
+        opcode => return [name_made(opcode, body).and_then(here), None],
+    };
+    let old = string(body, at);
+    [here(old), Some((u64_at(body, 0), string(body, at + old.len() + 1)))]
+}
+
+/// From a place of a body up to the NUL.
+fn string(body: &[u8], at: usize) -> &[u8] {
+    body.get(at..).unwrap_or_default().split(|byte| *byte == 0).next().unwrap_or_default()
 }
 
 /// Whether a request may change what another request's answer said of a file or folder.

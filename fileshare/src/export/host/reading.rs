@@ -18,9 +18,9 @@ use crate::export::wire::codec::Put;
 const AHEAD: u32 = 768 * 1024;
 
 /// A listing as the kernel asks for it.
-struct Wanted {
-    offset: u64,
-    size: usize,
+pub(super) struct Wanted {
+    pub(super) offset: u64,
+    pub(super) size: usize,
 }
 
 impl Lane {
@@ -31,7 +31,13 @@ impl Lane {
         };
         let mut state = lock(&lazy.state);
         if state.host.is_none() && state.guest.is_none() {
-            state.host = shared.shortcut.at_hand(header.nodeid).map(Arc::new);
+            let since = shared.shortcut.now();
+            let own = shared.served.place(header.nodeid);
+            state.host = match own {
+                Some(place) => shared.shortcut.own(header.nodeid, &place, since),
+                None => shared.shortcut.at_hand(header.nodeid),
+            }
+            .map(Arc::new);
         }
         if let Some(host) = state.host.clone() {
             drop(state);
@@ -73,10 +79,10 @@ impl Lane {
         let (offset, size) = (u64_at(request, IN_HEADER + 8), u32_at(request, IN_HEADER + 16));
         let mut body = Vec::with_capacity(24);
         body.u64(0).u64(offset).u32(size).u32(0);
-        let question = message(&InHeader { opcode: op::OPEN_READ, ..*header }, &body);
+        let mut question = message(&InHeader { opcode: op::OPEN_READ, ..*header }, &body);
         let shared = self.shared();
         let now = shared.shortcut.now();
-        let answer = self.talk.ask(&question)?;
+        let answer = self.talk.ask(&mut question)?;
         state.guest = Some(u64_at(answer, OUT_HEADER)).filter(|handle| *handle != 0);
         let (hint, data) = answer[OUT_HEADER + 16..].split_at(u32_at(answer, OUT_HEADER + 8) as usize);
         if hint.is_empty() {
@@ -108,12 +114,16 @@ impl Lane {
         let wanted = Wanted { offset: u64_at(request, IN_HEADER + 8), size };
         if wanted.offset == 0 {
             state.listed = 0;
+            state.begun = false;
+        }
+        if self.list_ahead(header, &wanted, state)? || self.list_own(header, &wanted, state)? {
+            return Ok(());
         }
         if state.guest.is_none() {
             self.open_and_list(header, state)?;
-        }
-        if self.list_ahead(header, &wanted, state)? {
-            return Ok(());
+            if self.list_ahead(header, &wanted, state)? {
+                return Ok(());
+            }
         }
         self.list_on(header, request, state)
     }
@@ -124,8 +134,8 @@ impl Lane {
         let (changes, now, then) = (shared.changes(), shared.shortcut.now(), shared.moment());
         let mut body = Vec::with_capacity(8);
         body.u32(AHEAD).u32(0);
-        let request = message(&InHeader { opcode: op::OPENDIR_READ, ..*header }, &body);
-        let answer = self.talk.ask(&request)?;
+        let mut request = message(&InHeader { opcode: op::OPENDIR_READ, ..*header }, &body);
+        let answer = self.talk.ask(&mut request)?;
         let folder = Folder::of(&answer[OUT_HEADER..]).map_err(|_| libc::EIO)?;
         state.guest = Some(folder.guest);
         keep_attrs(&shared, folder.entries, then);
@@ -177,7 +187,7 @@ impl Lane {
 }
 
 /// The kernel gets a listing.
-fn tell(shared: &Shared, folder: u64, listing: &[u8]) {
+pub(super) fn tell(shared: &Shared, folder: u64, listing: &[u8]) {
     entries(listing).for_each(|entry| shared.told.tell(folder, entry.name, entry.nodeid, entry.attr));
 }
 
@@ -186,7 +196,7 @@ fn keep_attrs(shared: &Shared, listing: &[u8], then: Option<Moment>) {
 }
 
 /// Counts entries, up to as many as a folder may have.
-fn allow(listed: u64, listing: &[u8], most: u64) -> Result<u64, Errno> {
+pub(super) fn allow(listed: u64, listing: &[u8], most: u64) -> Result<u64, Errno> {
     let listed = listed + entries(listing).count() as u64;
     if listed > most { Err(libc::EIO) } else { Ok(listed) }
 }

@@ -12,9 +12,11 @@ use super::evict::Told;
 use super::export::Streams;
 use super::known::Known;
 use super::lazy::Lazies;
+use super::question::{names_taken, node_places, u64_at};
+use super::served::Served;
 use super::shortcut::Shortcut;
 use super::waits::Waits;
-use crate::export::wire::abi::{InHeader, op};
+use crate::export::wire::abi::{IN_HEADER, InHeader, op};
 use crate::export::wire::stream::Stream;
 
 /// How many (file, owner) pairs are known to have had locks. With more, every close is told to the guest.
@@ -35,6 +37,7 @@ pub(super) struct Shared {
     pub(super) turns: Turns,
     pub(super) told: Told,
     pub(super) shortcut: Shortcut,
+    pub(super) served: Served,
     pub(super) waits: Waits,
     pub(super) complaints: Complaints,
     pub(super) lanes: Vec<Turn>,
@@ -87,7 +90,12 @@ impl Turn {
 }
 
 impl Shared {
-    pub(super) fn new(config: &Config, flags: OpenFlags, shortcut: Shortcut, streams: Streams) -> Self {
+    pub(super) fn new(
+        config: &Config,
+        flags: OpenFlags,
+        (shortcut, served): (Shortcut, Served),
+        streams: Streams,
+    ) -> Self {
         Self {
             remember: Remember::new(config),
             flags,
@@ -99,6 +107,7 @@ impl Shared {
             turns: Turns::default(),
             told: Told::new(config.most_nodes),
             shortcut,
+            served,
             waits: Waits::new(streams.waits),
             complaints: Complaints::default(),
             lanes: streams.turns.into_iter().map(Turn::new).collect(),
@@ -180,12 +189,27 @@ impl Shared {
     /// then, and more.
     pub(super) fn note(&self, header: &InHeader, body: &[u8]) {
         self.changes.fetch_add(1, Ordering::AcqRel);
+        self.note_served(header, body);
         self.shortcut.note(header.opcode, header.nodeid, body);
         if let Some(attrs) = &self.attrs {
             attrs.note(header.opcode, header.nodeid, body);
         }
         if let Some(known) = &self.known {
             known.about_to(header.opcode, header.nodeid, body);
+        }
+    }
+
+    fn note_served(&self, header: &InHeader, body: &[u8]) {
+        if !self.served.serves() {
+            return;
+        }
+        for place in node_places(header.opcode) {
+            // Of the request's own node the header tells; the other is in the body.
+            let other = place.checked_sub(IN_HEADER).map(|at| u64_at(body, at));
+            self.served.change(other.unwrap_or(header.nodeid));
+        }
+        for (folder, name) in names_taken(header, body).into_iter().flatten() {
+            self.served.change_name(folder, name);
         }
     }
 
@@ -271,6 +295,7 @@ impl Turns {
         match opcode {
             op::OPEN_READ => 60,
             op::OPENDIR_READ => 61,
+            op::FIND => 62,
             other => (other as usize).min(Self::KINDS - 1),
         }
     }

@@ -32,6 +32,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags};
 use super::check::Folder;
 use super::clock::Clock;
 use super::question::{opens_to_write, u32_at, u64_at};
+use super::served;
 use super::shared::lock;
 use crate::export::wire::abi::{Attr, flag, op};
 use crate::export::wire::codec::{Malformed, Take};
@@ -119,7 +120,10 @@ impl Shortcut {
         let path: Arc<[u8]> = folder.path.into();
         let mut places = lock(&self.places);
         for (entry, layer) in folder.in_layers() {
-            let Ok(attr) = Attr::take(&mut Take::new(entry.attr)) else { continue };
+            let attr = Attr::take(&mut Take::new(entry.attr)).unwrap_or_default();
+            if attr.kind() != libc::S_IFREG {
+                continue;
+            }
             if places.len() >= MOST_PLACES {
                 places.clear();
             }
@@ -141,6 +145,17 @@ impl Shortcut {
             folder => [folder, b"/", &*place.name].concat(),
         };
         self.open_counted(nodeid, place.since, || self.find(place.layer, place.facts, &path))
+    }
+
+    /// Opens the file of a node of ours; `since` is from before its place was asked for.
+    pub(super) fn own(
+        &self,
+        nodeid: u64,
+        (place, attr): &(served::Place, Attr),
+        since: u64,
+    ) -> Option<HostFile> {
+        let facts = (attr.size, attr.mtime, attr.mtimensec);
+        self.open_counted(nodeid, since, || self.find(place.layer, facts, &place.path()))
     }
 
     /// Opens the file that a hint names, if there is one and it is what the hint says.

@@ -58,9 +58,11 @@ pub mod op {
     pub const OPEN_READ: u32 = 0x8001;
     /// Ours: open a folder and list it. `size:u32 0:u32`, answered by `handle:u64 whole:u32 entries:u32 path:u32
     /// 0:u32`, so many bytes of entries as READDIRPLUS has them, so many of the folder's path in the layers, and
-    /// either nothing or, for each entry, a `u16`: 0, or the number of the lower layer that a file lies in, from 1.
-    /// `whole` is 1 when no more entries follow.
+    /// either nothing or, for each entry, a `u16`: 0, or the number of the lower layer that a file lies in, or that
+    /// a folder lies in whole, from 1. `whole` is 1 when no more entries follow.
     pub const OPENDIR_READ: u32 = 0x8002;
+    /// Ours: look up names one below the other, each of which a NUL ends. Answered by an entry for each, or an error.
+    pub const FIND: u32 = 0x8003;
 }
 
 /// Whether a message is never answered. On the wire this holds for releases too: the kernel waits for no
@@ -78,6 +80,10 @@ pub fn folders_after(opcode: u32) -> usize {
         _ => 0,
     }
 }
+
+/// Length of what stands between a LOOKUP's entry and the path in the layers of a folder that lies in one of them
+/// whole: `layer:u32 0:u32`, the layer from 1. Nothing follows the entry of anything else.
+pub const PURE: usize = 8;
 
 /// Length of what stands before an OPENDIR_READ's entries.
 pub const LISTED: usize = 24;
@@ -141,7 +147,7 @@ pub mod flag {
 
 /// The name of a request, for people.
 pub fn name(opcode: u32) -> &'static str {
-    const NAMES: [(u32, &str); 30] = [
+    const NAMES: [(u32, &str); 31] = [
         (op::LOOKUP, "lookup"),
         (op::GETATTR, "getattr"),
         (op::SETATTR, "setattr"),
@@ -167,6 +173,7 @@ pub fn name(opcode: u32) -> &'static str {
         (op::FLUSH, "flush"),
         (op::OPENDIR_READ, "opendir and read"),
         (op::READDIRPLUS, "readdirplus"),
+        (op::FIND, "find"),
         (op::CREATE, "create"),
         (op::TMPFILE, "tmpfile"),
         (op::FALLOCATE, "fallocate"),
@@ -175,6 +182,9 @@ pub fn name(opcode: u32) -> &'static str {
     ];
     NAMES.iter().find(|(known, _)| *known == opcode).map_or("other", |(_, name)| name)
 }
+
+/// Node IDs that the guest gives are below; those above are the host's own.
+pub const OWN_NODES: u64 = 1 << 63;
 
 /// The folder that a mount shows.
 pub const ROOT_ID: u64 = 1;
@@ -187,6 +197,8 @@ pub const MAX_MESSAGE: usize = MAX_DATA as usize + 4096;
 
 /// Length of `fuse_in_header`.
 pub const IN_HEADER: usize = 40;
+/// Where in a message its node is.
+pub const NODEID: usize = 16;
 /// Length of `fuse_out_header`.
 pub const OUT_HEADER: usize = 16;
 /// Length of `fuse_attr`.
@@ -360,6 +372,17 @@ impl Entry {
             return Err(Malformed("an entry with a generation or a time to remember it"));
         }
         Ok(Self { nodeid, attr: Attr::take(from)? })
+    }
+
+    /// Takes the entry off a message that was checked and completed.
+    ///
+    /// # Errors
+    /// The message is shorter.
+    pub fn take_completed(message: &[u8]) -> Result<Self, Malformed> {
+        let mut take = Take::new(message);
+        let nodeid = take.u64()?;
+        take.bytes(ENTRY_OUT - ATTR - 8)?;
+        Ok(Self { nodeid, attr: Attr::take(&mut take)? })
     }
 
     /// Appends the entry.

@@ -13,7 +13,7 @@ use super::codec::{Malformed, Put, Take};
 use super::stream::{Stream, StreamError};
 
 /// The version that this code speaks.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 const MAGIC: &[u8; 8] = b"vmctrxpt";
 const HOST_LENGTH: usize = 32;
@@ -182,7 +182,7 @@ mod tests {
         let heard = talk(newer, |stream| {
             assert!(matches!(Hello::hear(stream), Err(HelloError::Version(v)) if v == VERSION + 1));
         });
-        // This guest answers with version 1, which an honest newer host compares with its own.
+        // This guest answers with its own version, which an honest newer host compares with its own.
         assert_eq!(heard.unwrap(), 0);
         let answered = talk(HELLO, |stream| {
             Hello::hear(stream).unwrap();
@@ -212,10 +212,10 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_of_version_1_stay() {
-        let golden = b"vmctrxpt\x01\0\0\0\x01\0\0\0\x06\0\0\0\0\0\0\0\x07\0\0\0\0\0\0\0";
+    fn the_bytes_of_version_2_stay() {
+        let golden = b"vmctrxpt\x02\0\0\0\x01\0\0\0\x06\0\0\0\0\0\0\0\x07\0\0\0\0\0\0\0";
         assert_eq!(HELLO.encode(), golden);
         assert_eq!(Hello::decode(golden).unwrap(), HELLO);
-        assert_eq!(answer(WELCOME, 2), b"vmctrxpt\x01\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0");
+        assert_eq!(answer(WELCOME, 2), b"vmctrxpt\x02\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0");
     }
 }

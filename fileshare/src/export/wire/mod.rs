@@ -11,12 +11,15 @@
 //! the guest and back without waking another, and the memory in use is a buffer per thread. Requests that may
 //! wait without limit (SETLKW) go over one more stream, where answers come in any order.
 //!
-//! Four things differ from what the kernel sends and wants:
+//! Six things differ from what the kernel sends and wants:
 //! 1. Releases are not answered ([`abi::is_silent`]).
 //! 2. Answers carry no times to remember entries and attributes, no flags for open files: the host decides.
 //! 3. Opening for reading and opening a folder are joined with the first reading of them ([`abi::op::OPEN_READ`],
 //!    [`abi::op::OPENDIR_READ`]): the host opens nothing in the guest before it is read.
 //! 4. After a successful change of a folder its attributes follow the kernel's answer ([`abi::folders_after`]).
+//! 5. With a folder that lies in one lower layer only comes where ([`abi::PURE`]).
+//! 6. Nodes that the host gave the kernel by itself are found in one request ([`abi::op::FIND`]) before anything else
+//!    is asked of them.
 
 pub mod abi;
 pub mod codec;

@@ -37,10 +37,11 @@ fn flags_within(allowed: i32, flags: u32) -> u32 {
     flags & allowed.cast_unsigned()
 }
 
-/// Nothing is delayed on a descriptor that only reads, so closing it needs no request.
-fn skip_flush(flags: u32, options: OpenOptions) -> OpenOptions {
+/// Nothing is delayed on a descriptor that only reads, nor where layers and top lie, which are local file systems:
+/// closing it needs no request.
+fn skip_flush(at: &At<'_>, flags: u32, options: OpenOptions) -> OpenOptions {
     let read_only = flags_within(libc::O_ACCMODE, flags) == libc::O_RDONLY.cast_unsigned();
-    if read_only { options | OpenOptions::NOFLUSH } else { options }
+    if read_only || at.remembers() { options | OpenOptions::NOFLUSH } else { options }
 }
 
 impl ShareFs {
@@ -215,7 +216,7 @@ impl FileSystem for ShareFs {
         let at = self.at(inode)?;
         let flags = flags_within(OPEN_FLAGS, flags);
         let (handle, options) = at.fs.open(ctx, at.node.inode, kill_priv, flags)?;
-        Ok((handle, skip_flush(flags, options)))
+        Ok((handle, skip_flush(&at, flags, options)))
     }
 
     fn create(
@@ -232,7 +233,7 @@ impl FileSystem for ShareFs {
         let at = self.change_in(parent, name)?;
         let flags = flags_within(CREATE_FLAGS, flags);
         let made = at.fs.create(ctx, at.node.inode, name, mode, kill_priv, flags, umask, extensions);
-        made.map(|(entry, handle, options)| (at.entry(entry), handle, options))
+        made.map(|(entry, handle, options)| (at.entry(entry), handle, skip_flush(&at, flags, options)))
     }
 
     fn read<W: ZeroCopyWriter>(
