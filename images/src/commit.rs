@@ -26,9 +26,7 @@ use crate::path::TreePath;
 use crate::store::containerd::Snapshot;
 use crate::store::{Layout, StoreError, containerd, nameless_beside, write_archive};
 use crate::tree::{NewFolder, NewFolderError, fill_folder, write_new_folder};
-use crate::upper::{
-    Change, Consistency, Entry, EntryKind, Layers, Namespace, Notes, Scope, Walk, WalkError, What,
-};
+use crate::upper::{Change, Consistency, Layers, Namespace, Notes, Scope, Walk, WalkError};
 
 /// Why a commit fails.
 #[derive(Debug, thiserror::Error)]
@@ -57,8 +55,8 @@ pub enum CommitError {
     /// The thread that looks for changes ended.
     #[error("The thread that looks for changes ended")]
     Walker,
-    /// The caller called it off.
-    #[error("The changes may not have stood still")]
+    /// Whoever watches called it off.
+    #[error("The commit was ended early")]
     Watch(#[source] io::Error),
     /// A base layer's blob cannot be read.
     #[error("The base layer {digest} cannot be read")]
@@ -91,13 +89,15 @@ impl<'a> Changes<'a> {
 /// How far a commit is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
+    /// Files of so many bytes were copied.
+    Copied(u64),
     /// So much of the layer is written.
     Layer(Totals),
     /// The changes are not read any more.
     Read,
 }
 
-/// Told each step. An error at [`Step::Read`] ends the commit before the image has a name.
+/// Told each step. An error ends the commit before the image has a name, or the new folder.
 pub type Watch<'a> = dyn FnMut(Step) -> io::Result<()> + Send + 'a;
 
 /// Whether there are at most so many changes, with files of so many bytes together; nothing may change meanwhile.
@@ -106,9 +106,7 @@ pub fn few(changes: &Changes<'_>, entries: u64, bytes: u64) -> Result<bool, Comm
     let (mut count, mut size) = (0, 0u64);
     while let Some(change) = walk.next_change()? {
         count += 1;
-        if let What::Entry(Entry { kind: EntryKind::File(content), .. }) = &change.what {
-            size = size.saturating_add(content.size());
-        }
+        size = size.saturating_add(change.bytes());
         if count > entries || size > bytes {
             return Ok(false);
         }
@@ -122,9 +120,11 @@ pub fn capture(
     consistency: Consistency,
     namespace: Namespace,
     dir: &Path,
+    watch: &mut Watch<'_>,
 ) -> Result<(NewFolder, Notes), CommitError> {
     let mut walk = changes.walk(consistency)?;
-    let written = write_new_folder(&mut walk, dir, namespace, consistency)?;
+    let mut copied = |bytes| watch(Step::Copied(bytes));
+    let written = write_new_folder(&mut walk, dir, namespace, consistency, &mut copied)?;
     Ok((written, walk.notes().clone()))
 }
 
@@ -133,9 +133,11 @@ pub fn capture_in_snapshot(
     changes: &Changes<'_>,
     consistency: Consistency,
     snapshot: &Snapshot,
+    watch: &mut Watch<'_>,
 ) -> Result<(NewFolder, Notes), CommitError> {
     let mut walk = changes.walk(consistency)?;
-    let written = fill_folder(&mut walk, &snapshot.dir, snapshot.form, consistency)?;
+    let mut copied = |bytes| watch(Step::Copied(bytes));
+    let written = fill_folder(&mut walk, &snapshot.dir, snapshot.form, consistency, &mut copied)?;
     Ok((written, walk.notes().clone()))
 }
 
@@ -156,8 +158,13 @@ pub fn layer<W: Write + Send + 'static>(
         let (found, queue) = sync_channel(AHEAD);
         let walking = scope.spawn(move || send_all(changes, &found));
         for change in queue {
-            // Of a layer's steps, whoever watches calls none off.
-            writer.add(&change, &mut |totals| drop(watch(Step::Layer(totals))))?;
+            let mut told = Ok(());
+            writer.add(&change, &mut |totals| {
+                if told.is_ok() {
+                    told = watch(Step::Layer(totals));
+                }
+            })?;
+            told.map_err(CommitError::Watch)?;
         }
         walking.join().map_err(|_| CommitError::Walker)?
     })?;
@@ -426,7 +433,9 @@ impl Reading {
         let (dir, form) = (snapshot.dir.clone(), snapshot.form);
         let filling = spawn_blocking(move || {
             let mut walk = self.changes().walk(Consistency::Frozen)?;
-            fill_folder(&mut walk, &dir, form, Consistency::Frozen).map_err(CommitError::from).map(drop)
+            fill_folder(&mut walk, &dir, form, Consistency::Frozen, &mut |_| Ok(()))
+                .map_err(CommitError::from)
+                .map(drop)
         });
         match filling.await.map_err(CommitError::Thread)? {
             Ok(()) => store.commit_snapshot(snapshot, name).await?,

@@ -14,13 +14,13 @@ use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use rig::{LIMIT, differences, folder, layers, ops::fixed_time, show, stream, tree, write_layer};
 use rustix::fs::{XattrFlags, lsetxattr};
 use serde_json::Value;
-use vmctr_images::commit::{Changes, Plan, capture, to_archive, to_layout};
+use vmctr_images::commit::{Changes, Plan, Step, capture, to_archive, to_layout};
 use vmctr_images::config::{Base, Build, Descriptor, Format};
 use vmctr_images::digest::Digest;
 use vmctr_images::layer::{Compression, LayerOptions, LayerReader};
 use vmctr_images::path::TreePath;
 use vmctr_images::store::Layout;
-use vmctr_images::tree::{NewFolderError, compare, write_new_folder};
+use vmctr_images::tree::{Form, NewFolderError, compare, fill_folder, write_new_folder};
 use vmctr_images::upper::{Consistency, Namespace, Note, Scope, Status, Walk, diff};
 
 const TIME: i64 = 1_500_000_000;
@@ -183,10 +183,56 @@ fn a_new_folder_is_never_written_over_another() {
     let dir = tempfile::tempdir().unwrap();
     let (layers, root, new) = (layers(&example(&dir)), TreePath::root(), dir.path().join("new"));
     let changes = Changes { layers: &layers, scope: Scope::Changes, subtree: &root };
-    capture(&changes, Consistency::Frozen, Namespace::Trusted, &new).unwrap();
+    capture(&changes, Consistency::Frozen, Namespace::Trusted, &new, &mut |_| Ok(())).unwrap();
     let mut walk = Walk::new(&layers, Scope::Changes, Consistency::Frozen, TreePath::root()).unwrap();
-    let again = write_new_folder(&mut walk, &new, Namespace::Trusted, Consistency::Frozen);
+    let again = write_new_folder(&mut walk, &new, Namespace::Trusted, Consistency::Frozen, &mut |_| Ok(()));
     assert!(matches!(again, Err(NewFolderError::Exists(_))));
+}
+
+#[test]
+fn what_is_called_off_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (layers, root, base, build) = (layers(&example(&dir)), TreePath::root(), Base::empty(), build());
+    let changes = Changes { layers: &layers, scope: Scope::Changes, subtree: &root };
+    let out = folder(&dir, "out");
+    let mut copied = 0;
+    let copy = capture(&changes, Consistency::Frozen, Namespace::Trusted, &out.join("new"), &mut |step| {
+        let Step::Copied(bytes) = step else { panic!("{step:?}") };
+        copied = bytes;
+        if bytes > 0 { Err(std::io::ErrorKind::Interrupted.into()) } else { Ok(()) }
+    });
+    assert!(copy.is_err() && copied > 0);
+    let plan = Plan { changes, layer: options(Compression::None), base: &base, build: &build, tag: None };
+    let mut steps = 0;
+    let archive = to_archive(&plan, &out.join("archive"), &mut |_| Ok(None), &mut |_| {
+        steps += 1;
+        Err(std::io::ErrorKind::Interrupted.into())
+    });
+    assert!(archive.is_err());
+    assert_eq!(steps, 1);
+    assert_eq!(fs::read_dir(&out).unwrap().count(), 0);
+}
+
+#[test]
+fn a_path_that_no_snapshotter_can_name_is_refused_for_a_snapshot_only() {
+    use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
+    let dir = tempfile::tempdir().unwrap();
+    let folders = example(&dir);
+    let name = "d".repeat(250);
+    let mut at = openat(CWD, &folders[0], OFlags::PATH, Mode::empty()).unwrap();
+    for _ in 0..17 {
+        mkdirat(&at, &name, Mode::RWXU).unwrap();
+        at = openat(&at, &name, OFlags::PATH, Mode::empty()).unwrap();
+    }
+    let (layers, root) = (layers(&folders), TreePath::root());
+    let changes = Changes { layers: &layers, scope: Scope::Changes, subtree: &root };
+    capture(&changes, Consistency::Frozen, Namespace::Trusted, &dir.path().join("new"), &mut |_| Ok(()))
+        .unwrap();
+    let snapshot = folder(&dir, "snapshot");
+    let mut walk = Walk::new(&layers, Scope::Changes, Consistency::Frozen, TreePath::root()).unwrap();
+    let form = Form::Overlay(Namespace::Trusted);
+    let filled = fill_folder(&mut walk, &snapshot, form, Consistency::Frozen, &mut |_| Ok(()));
+    assert!(matches!(filled, Err(NewFolderError::LongPath(path)) if path.as_bytes().len() > 4000));
 }
 
 #[test]
@@ -305,7 +351,7 @@ fn child_commits() {
     let plan =
         Plan { changes, layer: options(Compression::Zstd(1)), base: &base, build: &build, tag: Some("t") };
     let out = dir.join("out");
-    capture(&changes, Consistency::Frozen, Namespace::Trusted, &out.join("new")).unwrap();
+    capture(&changes, Consistency::Frozen, Namespace::Trusted, &out.join("new"), &mut |_| Ok(())).unwrap();
     to_layout(&plan, &out.join("layout"), &mut |_| Ok(None), &mut |_| Ok(())).unwrap();
     to_archive(&plan, &out.join("archive"), &mut |_| Ok(None), &mut |_| Ok(())).unwrap();
 }
@@ -319,7 +365,8 @@ fn a_commit_killed_anywhere_leaves_nothing_half_made() {
         let layers = layers(&folders);
         let root = TreePath::root();
         let changes = Changes { layers: &layers, scope: Scope::Changes, subtree: &root };
-        capture(&changes, Consistency::Frozen, Namespace::Trusted, &whole.join("new")).unwrap();
+        capture(&changes, Consistency::Frozen, Namespace::Trusted, &whole.join("new"), &mut |_| Ok(()))
+            .unwrap();
         whole.join("new")
     };
     let mut archive = None;
@@ -378,7 +425,10 @@ fn a_full_disk_leaves_nothing() {
     let plan = Plan { changes, layer: options(Compression::None), base: &base, build: &build, tag: None };
     assert!(to_layout(&plan, &small.join("layout"), &mut |_| Ok(None), &mut |_| Ok(())).is_err());
     assert!(to_archive(&plan, &small.join("archive"), &mut |_| Ok(None), &mut |_| Ok(())).is_err());
-    assert!(capture(&changes, Consistency::Frozen, Namespace::Trusted, &small.join("new")).is_err());
+    assert!(
+        capture(&changes, Consistency::Frozen, Namespace::Trusted, &small.join("new"), &mut |_| Ok(()))
+            .is_err()
+    );
     assert_eq!(fs::read_dir(small.join("layout/blobs/sha256")).unwrap().count(), 0);
     let left: Vec<_> = fs::read_dir(&small).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["layout"]);

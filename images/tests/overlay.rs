@@ -93,7 +93,7 @@ impl Case<'_> {
         let opened = layers(&self.stack);
         let root = TreePath::root();
         let changes = Changes { layers: &opened, scope: Scope::Changes, subtree: &root };
-        capture(&changes, Consistency::Frozen, Namespace::Trusted, &new).unwrap();
+        capture(&changes, Consistency::Frozen, Namespace::Trusted, &new, &mut |_| Ok(())).unwrap();
         let mut stack = self.stack.clone();
         stack[0] = new;
         let file = self.dir.path().join("again");

@@ -62,26 +62,45 @@ fn a_committed_image_runs_under_both_runtimes_and_shows_what_the_container_showe
     }
 }
 
+/// Another change of every kind in each generation, on what the ones before have left.
+fn generation(round: u32) -> String {
+    format!(
+        "mkdir -p /t/in/{round}; cd /t; echo {round} >> grows; chmod 6{round}55 grows; chown {round}70000:9 grows; \
+         rm -f only-*; : > only-{round}; ln grows in/{round}/linked; set-xattr grows user.round {round}; \
+         set-xattr in capability {round}; set-xattr in user.empty ''; ln -s {round} in/{round}/symlink; \
+         mkfifo -m 60{round} in/{round}/fifo; mknod in/{round}/device c {round} 300; mv moves-* moves-{round} \
+         || mkdir moves-{round}; echo {round} > moves-{round}/{round}; touch -d @-{round}00 moves-{round}/{round}; \
+         if [ -d swaps ]; then rm -r swaps; echo {round} > swaps; else rm -f swaps; mkdir swaps; : > swaps/{round}; fi; \
+         head -c {round}000 /dev/zero > \"$(printf 'n\\n\\377')\"; chmod 1777 /t/in"
+    )
+}
+
 #[test]
-fn commits_can_be_committed_again_and_again() {
+fn each_generation_begins_with_what_the_one_before_ended_with() {
     let rig = Rig::vmctr();
-    let mut image: Option<String> = None;
+    let (set_xattr, show_tree) = (env!("CARGO_BIN_EXE_set-xattr"), env!("CARGO_BIN_EXE_show-tree"));
+    rig.import_busybox(&[("bin/set-xattr", set_xattr.as_ref()), ("bin/show-tree", show_tree.as_ref())]);
+    let (mut image, mut ended) = (image::BUSYBOX.to_owned(), String::new());
     for round in 0..5 {
-        let name = format!("round-{round}");
-        let run = match &image {
-            None => rig.container(&name),
-            Some(image) => rig.container_of(image, &name),
-        };
+        let run = rig.container_of(&image, &format!("round-{round}"));
         let container = run.args(["/bin/sleep", "1000"]).detached();
-        container.sh(&format!("echo {round} >> /rounds; rm -f /only-{}; : > /only-{round}", round - 1)).ok();
-        let next = format!("vmctr.test/round:{round}");
-        vmctr(&rig, &["commit", container.id(), &next]).ok();
+        let show = || container.sh("show-tree /t").ok().text();
+        if round > 0 {
+            assert_eq!(show(), ended, "round {round}");
+        }
+        container.sh(&generation(round)).ok();
+        ended = show();
+        image = format!("vmctr.test/round:{round}");
+        vmctr(&rig, &["commit", "--verify", container.id(), &image]).ok();
         container.remove();
-        image = Some(next);
     }
-    let image = image.expect("five rounds");
-    let look = rig.container_of(&image, "last").under("io.containerd.runc.v2");
-    look.sh("cat /rounds; ls / | grep only").output().ok().prints("0\n1\n2\n3\n4\nonly-4");
+    for kind in ["only-4", "user.round", "user.empty", "security.capability", "Some(\"grows\")", "moves-4/0"]
+    {
+        assert!(ended.contains(kind), "{kind} is not in {ended}");
+    }
+    let look =
+        rig.container_of(&image, "last").under("io.containerd.runc.v2").sh("show-tree /t").output().ok();
+    assert_eq!(look.text(), ended, "under runc");
 }
 
 #[test]

@@ -60,6 +60,41 @@ fn a_commit_killed_at_any_time_leaves_no_image_and_the_container_runs() {
 }
 
 #[test]
+fn an_interrupted_commit_takes_back_what_it_made() {
+    let rig = Rig::vmctr();
+    let container = rig.container("interrupted").args(["/bin/sleep", "1000"]).detached();
+    container.sh("head -c 60000000 /dev/urandom > /big").ok();
+    let out = rig.new_folder("out");
+    let snapshots = || rig.ctr_run(&["snapshots", "ls"]).ok().text();
+    let (before, blobs) = (snapshots(), rig.ctr_run(&["content", "ls", "-q"]).ok().text());
+    let archive = format!("oci-archive:{}", out.join("archive").display());
+    let folder = out.join("new").display().to_string();
+    for (number, more) in [
+        (Signal::SIGINT, vec![]),
+        (Signal::SIGTERM, vec!["--output", &archive]),
+        (Signal::SIGHUP, vec!["--to-dir", &folder]),
+    ] {
+        let mut command = rig.vmctr_command();
+        // Takes many seconds at this level.
+        command.args(["commit", "--compression", "zstd:19"]).args(&more).args([container.id(), IMAGE]);
+        let committer = Running::start(&mut command);
+        thread::sleep(Duration::from_secs(1));
+        signal(committer.pid(), number);
+        committer.finish().exits(130).fails_naming(&["Interrupted"]);
+        assert!(!images(&rig).contains(IMAGE));
+        assert_eq!(snapshots(), before, "{more:?}");
+        assert_eq!(rig.ctr_run(&["content", "ls", "-q"]).ok().text(), blobs, "{more:?}");
+        assert_eq!(rig.ctr_run(&["content", "active"]).ok().text().lines().count(), 1, "{more:?}");
+        assert_eq!(rig.ctr_run(&["leases", "ls", "-q"]).ok().text(), "", "{more:?}");
+        container.sh("echo goes on").ok().prints("goes on");
+    }
+    // The folder was whole before the layer was begun.
+    let left: Vec<_> = fs::read_dir(&out).expect("there").flatten().map(|entry| entry.file_name()).collect();
+    assert_eq!(left, ["new"]);
+    container.remove();
+}
+
+#[test]
 fn a_full_content_store_is_named_and_nothing_is_left() {
     let mut rig = Rig::vmctr();
     let id = rig.container("full").args(["/bin/sleep", "1000"]).detached().id().to_owned();

@@ -165,7 +165,7 @@ impl<W: Write> Archive<W> {
         stat: &Stat,
         kind: EntryType,
         link: Option<&[u8]>,
-        mut records: Vec<(String, Vec<u8>)>,
+        mut records: Records,
         data: impl Read,
     ) -> Result<(), Error> {
         let size = if kind == EntryType::Regular { u64::try_from(stat.st_size).unwrap_or(0) } else { 0 };
@@ -176,16 +176,16 @@ impl<W: Write> Archive<W> {
         }
         header.set_cksum();
         records
-            .push(("mtime".to_owned(), time(stat.st_mtime, i64::try_from(stat.st_mtime_nsec).unwrap_or(0))));
-        let records = records.iter().map(|(key, value)| (key.as_str(), value.as_slice()));
-        self.tar.append_pax_extensions(records).map_err(Error::Send)?;
+            .push((b"mtime".to_vec(), time(stat.st_mtime, i64::try_from(stat.st_mtime_nsec).unwrap_or(0))));
+        let records: Vec<u8> = records.iter().flat_map(|(key, value)| record(key, value)).collect();
+        self.tar.append(&records_header(records.len() as u64), records.as_slice()).map_err(Error::Send)?;
         // Exactly the announced bytes, whatever becomes of the file.
         let data = data.chain(io::repeat(0)).take(size);
         self.tar.append(&header, data).map_err(Error::Send)
     }
 
     /// All attributes, as pax records. The path through the open folder follows no link.
-    fn attributes(&self, dir: &OwnedFd, name: &CStr) -> Result<Vec<(String, Vec<u8>)>, Error> {
+    fn attributes(&self, dir: &OwnedFd, name: &CStr) -> Result<Records, Error> {
         let mut path = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
         path.push(OsStr::from_bytes(name.to_bytes()));
         let names = match answer(|buffer| llistxattr(&path, buffer)) {
@@ -197,7 +197,8 @@ impl<W: Write> Archive<W> {
             match answer(|buffer| lgetxattr(&path, name, buffer)) {
                 Err(Errno::NODATA | Errno::NOENT) => {}
                 value => {
-                    let key = format!("SCHILY.xattr.{}", String::from_utf8_lossy(name));
+                    let key = [b"SCHILY.xattr.", name].concat();
+                    self.at("archive", sayable(name))?;
                     records.push((key, self.at("read an attribute of", value)?));
                 }
             }
@@ -209,6 +210,36 @@ impl<W: Write> Archive<W> {
         let path = || PathBuf::from(OsStr::from_bytes(&self.path));
         result.map_err(|source| Error::Entry { what, path: path(), source: source.into() })
     }
+}
+
+/// Keys and values, which both may be any bytes.
+type Records = Vec<(Vec<u8>, Vec<u8>)>;
+
+/// A key ends where its value's equals sign is, so it can have none of its own.
+fn sayable(attribute: &[u8]) -> io::Result<()> {
+    if attribute.contains(&b'=') {
+        let name = String::from_utf8_lossy(attribute);
+        return Err(io::Error::other(format!("its attribute {name} has an equals sign in its name")));
+    }
+    Ok(())
+}
+
+/// `LENGTH KEY=VALUE\n`; the length counts itself.
+fn record(key: &[u8], value: &[u8]) -> Vec<u8> {
+    let rest = key.len() + value.len() + 3;
+    let with = |length: usize| rest + length.to_string().len();
+    // One more digit may be what the digits need.
+    let length = with(with(rest)).to_string();
+    [length.as_bytes(), b" ", key, b"=", value, b"\n"].concat()
+}
+
+/// Of an entry that holds the records of the one after it.
+fn records_header(size: u64) -> Header {
+    let mut header = Header::new_ustar();
+    header.set_entry_type(EntryType::XHeader);
+    header.set_size(size);
+    header.set_cksum();
+    header
 }
 
 const DIRECTORY: OFlags =
@@ -236,11 +267,11 @@ fn header(stat: &Stat, kind: EntryType, size: u64) -> io::Result<Header> {
 }
 
 /// Puts a name into its field, and in full into a record if it is too long.
-fn name(header: &mut Header, field: usize, key: &str, name: &[u8], records: &mut Vec<(String, Vec<u8>)>) {
+fn name(header: &mut Header, field: usize, key: &str, name: &[u8], records: &mut Records) {
     let short = &name[..name.len().min(NAME_FIELD)];
     header.as_mut_bytes()[field..field + short.len()].copy_from_slice(short);
     if short.len() < name.len() {
-        records.push((key.to_owned(), name.to_vec()));
+        records.push((key.into(), name.to_vec()));
     }
 }
 
@@ -297,6 +328,36 @@ mod tests {
 
     fn attribute(path: &Path, name: &str) -> Option<Vec<u8>> {
         answer(|buffer| lgetxattr(path, name, buffer)).ok()
+    }
+
+    #[test]
+    fn attributes_have_names_of_any_bytes_but_an_equals_sign() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        let odd: &[u8] = b"user.\xff\xfe\n";
+        for (name, length) in [(odd, 9), (&b"user.long"[..], 2000)] {
+            lsetxattr(&file, name, &vec![b'v'; length], XattrFlags::empty()).unwrap();
+        }
+        let copy = unpack(&archive(dir.path()));
+        let value = |name: &[u8]| answer(|buffer| lgetxattr(copy.path().join("file"), name, buffer));
+        assert_eq!(value(odd).unwrap(), [b'v'; 9]);
+        assert_eq!(value(b"user.long").unwrap(), [b'v'; 2000]);
+        lsetxattr(&file, "user.a=b", b"v", XattrFlags::empty()).unwrap();
+        assert!(matches!(write(dir.path(), io::sink()), Err(Error::Entry { .. })));
+    }
+
+    #[test]
+    fn records_count_their_own_length() {
+        for value in 0..1200 {
+            let record = record(b"k", &vec![b'v'; value]);
+            let length: usize = record
+                .split(|byte| *byte == b' ')
+                .next()
+                .map(|digits| String::from_utf8_lossy(digits).parse().unwrap())
+                .unwrap();
+            assert_eq!(length, record.len());
+        }
     }
 
     #[test]

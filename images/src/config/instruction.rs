@@ -19,9 +19,9 @@ pub enum InstructionError {
     /// Nothing follows the keyword, or too much.
     #[error("{0} takes {1}")]
     Arguments(&'static str, &'static str),
-    /// Quotes or variables.
-    #[error("{0} cannot be read")]
-    Words(&'static str, #[source] WordError),
+    /// Quotes or variables. Told whole: a command line's parser shows no sources.
+    #[error("{0} cannot be read: {1}")]
+    Words(&'static str, WordError),
 }
 
 /// A change to an image's config, with its text still to be expanded by the image's environment.
@@ -44,8 +44,10 @@ impl FromStr for Instruction {
         let keyword = KEYWORDS.into_iter().find(|keyword| keyword.eq_ignore_ascii_case(word));
         let keyword = keyword.ok_or_else(|| InstructionError::Unknown(word.chars().take(40).collect()))?;
         let instruction = Self { keyword, rest: rest.trim().to_owned() };
-        // What is wrong shows now, not after the work of a commit.
-        instruction.apply(&mut Map::new())?;
+        // What is wrong shows now, not after the work of a commit, unless the image's environment decides.
+        if !instruction.rest.contains('$') {
+            instruction.apply(&mut Map::new())?;
+        }
         Ok(instruction)
     }
 }
@@ -66,23 +68,26 @@ pub(super) fn apply_all(
 impl Instruction {
     fn apply(&self, config: &mut Map<String, Value>) -> Result<(), InstructionError> {
         match self.keyword {
-            "CMD" => set(config, "Cmd", self.command(config)),
-            "ENTRYPOINT" => set(config, "Entrypoint", self.command(config)),
+            "CMD" => set(config, "Cmd", self.command()),
+            "ENTRYPOINT" => set(config, "Entrypoint", self.command()),
             "ENV" => self.env(config)?,
             "LABEL" => self.label(config)?,
             "USER" => {
                 set(config, "User", self.one(config, "one user, with a group after a colon if wanted")?)
             }
             "WORKDIR" => self.workdir(config)?,
-            "STOPSIGNAL" => set(config, "StopSignal", self.one(config, "one signal")?),
+            "STOPSIGNAL" => set(config, "StopSignal", self.signal(config)?),
             "EXPOSE" => self.expose(config)?,
             _ => self.volume(config)?,
         }
         Ok(())
     }
 
-    /// Exec form if it is a JSON array of strings, else the shell's.
-    fn command(&self, _: &Map<String, Value>) -> Value {
+    /// Exec form if it is a JSON array of strings, else the shell's; without anything there is no command.
+    fn command(&self) -> Value {
+        if self.rest.is_empty() {
+            return json!([]);
+        }
         match serde_json::from_str::<Vec<String>>(&self.rest) {
             Ok(words) => json!(words),
             Err(_) => json!([SHELL[0], SHELL[1], self.rest]),
@@ -100,6 +105,13 @@ impl Instruction {
             Ok([word]) => Ok(json!(word)),
             Err(_) => Err(InstructionError::Arguments(self.keyword, takes)),
         }
+    }
+
+    fn signal(&self, config: &Map<String, Value>) -> Result<Value, InstructionError> {
+        const TAKES: &str = "one signal: a number from 1 to 64, or a name such as SIGTERM or RTMIN+3";
+        let signal = self.one(config, TAKES)?;
+        let known = signal.as_str().is_some_and(is_signal);
+        known.then_some(signal).ok_or(InstructionError::Arguments(self.keyword, TAKES))
     }
 
     /// `KEY=VALUE …`, or the older `KEY the whole rest`.
@@ -176,6 +188,25 @@ impl Instruction {
     }
 }
 
+/// All but the real-time ones.
+const SIGNALS: [&str; 34] = [
+    "ABRT", "ALRM", "BUS", "CHLD", "CLD", "CONT", "FPE", "HUP", "ILL", "INT", "IO", "IOT", "KILL", "PIPE",
+    "POLL", "PROF", "PWR", "QUIT", "SEGV", "STKFLT", "STOP", "SYS", "TERM", "TRAP", "TSTP", "TTIN", "TTOU",
+    "URG", "USR1", "USR2", "VTALRM", "WINCH", "XCPU", "XFSZ",
+];
+
+/// Whether runtimes know it.
+fn is_signal(word: &str) -> bool {
+    if let Ok(number) = word.parse::<u8>() {
+        return (1..=64).contains(&number);
+    }
+    let word = word.to_ascii_uppercase();
+    let name = word.strip_prefix("SIG").unwrap_or(&word);
+    let beyond = name.strip_prefix("RTMIN+").or_else(|| name.strip_prefix("RTMAX-"));
+    let real_time = beyond.is_some_and(|number| number.parse::<u8>().is_ok_and(|number| number <= 30));
+    real_time || ["RTMIN", "RTMAX"].contains(&name) || SIGNALS.contains(&name)
+}
+
 fn port(word: &str) -> Option<String> {
     let (number, protocol) = word.split_once('/').unwrap_or((word, "tcp"));
     let number = number.parse::<u16>().ok().filter(|number| *number > 0)?;
@@ -223,6 +254,7 @@ mod tests {
         let with_entry = applied(&["ENTRYPOINT [\"e\"]"]);
         assert_eq!((&with_entry["Entrypoint"], with_entry.get("Cmd")), (&json!(["e"]), None));
         assert_eq!(applied(&["ENTRYPOINT [\"e\"]", "CMD [\"c\"]"])["Cmd"], json!(["c"]));
+        assert_eq!(applied(&["CMD"])["Cmd"], json!([]));
     }
 
     #[test]
@@ -232,6 +264,9 @@ mod tests {
             env["Env"],
             json!(["PATH=/bin:/opt", "A=2", "B=x y", "OLD the rest".replacen(' ', "=", 1)])
         );
+        let later = applied(&["ENV PORT=80 STOP=SIGQUIT", "EXPOSE $PORT", "STOPSIGNAL $STOP"]);
+        assert_eq!(later["ExposedPorts"], json!({"80/tcp": {}}));
+        assert_eq!(later["StopSignal"], "SIGQUIT");
     }
 
     #[test]
@@ -254,6 +289,19 @@ mod tests {
     }
 
     #[test]
+    fn signals_have_numbers_and_names() {
+        for text in ["9", "64", "SIGTERM", "winch", "Int", "SIGRTMIN+3", "RTMAX-14", "RTMIN"] {
+            assert!(is_signal(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_quote_that_is_not_closed_is_named() {
+        let error = "ENV A=\"x".parse::<Instruction>().unwrap_err();
+        assert!(error.to_string().contains("not closed"), "{error}");
+    }
+
+    #[test]
     fn what_makes_no_sense_is_refused_at_once() {
         for text in [
             "RUN x",
@@ -267,6 +315,9 @@ mod tests {
             "VOLUME",
             "LABEL 'x",
             "STOPSIGNAL",
+            "STOPSIGNAL KILLL",
+            "STOPSIGNAL 65",
+            "STOPSIGNAL RTMIN+31",
         ] {
             assert!(text.parse::<Instruction>().is_err(), "{text}");
         }

@@ -23,6 +23,9 @@ use crate::beneath::Node;
 use crate::path::TreePath;
 use crate::upper::{Change, Consistency, Content, Entry, EntryKind, Namespace, Walk, WalkError, What};
 
+/// The longest path that the kernel takes, with its final NUL.
+const PATH_MAX: usize = 4096;
+
 /// How often a file that is written meanwhile is copied again.
 const ATTEMPTS: u32 = 4;
 
@@ -41,6 +44,15 @@ pub enum NewFolderError {
     /// Another commit writes it.
     #[error("{0:?} is being written by another commit")]
     Busy(PathBuf),
+    /// A snapshotter names files by their whole paths.
+    #[error(
+        "{0} is a path too long for containerd's snapshots; --output oci:DIR, --output oci-archive:FILE and \
+         --to-dir DIR keep it"
+    )]
+    LongPath(TreePath),
+    /// Whoever watches called it off.
+    #[error("The copy was ended early")]
+    Watch(#[source] io::Error),
     /// The folder itself cannot be made.
     #[error("{path:?} cannot be made")]
     Make {
@@ -61,19 +73,25 @@ pub struct NewFolder {
     pub changed: Vec<TreePath>,
 }
 
+/// Told after each entry how many bytes the files copied so far have; an error ends the copy.
+pub type Copied<'a> = dyn FnMut(u64) -> io::Result<()> + 'a;
+
 /// Writes the changes of `walk` to `dir`, which must not exist.
 pub fn write_new_folder(
     walk: &mut Walk<'_>,
     dir: &Path,
     namespace: Namespace,
     consistency: Consistency,
+    copied: &mut Copied<'_>,
 ) -> Result<NewFolder, NewFolderError> {
     let make = |source: io::Error| NewFolderError::Make { path: dir.to_owned(), source };
     if dir.symlink_metadata().is_ok() {
         return Err(NewFolderError::Exists(dir.to_owned()));
     }
     let partial = Partial::begin(dir)?;
-    let written = fill(walk, partial.node.duplicate().map_err(make)?, Form::Overlay(namespace), consistency)?;
+    let root = partial.node.duplicate().map_err(make)?;
+    let mut told = |_: &TreePath, bytes| copied(bytes).map_err(NewFolderError::Watch);
+    let written = fill(walk, root, Form::Overlay(namespace), consistency, &mut told)?;
     partial.publish(dir)?;
     Ok(written)
 }
@@ -85,9 +103,17 @@ pub fn fill_folder(
     dir: &Path,
     form: Form,
     consistency: Consistency,
+    copied: &mut Copied<'_>,
 ) -> Result<NewFolder, NewFolderError> {
     let root = Node::root(dir).map_err(|source| NewFolderError::Make { path: dir.to_owned(), source })?;
-    fill(walk, root, form, consistency)
+    // The kernel's limit counts a final NUL, and there is a slash between the two.
+    let longest = PATH_MAX.saturating_sub(dir.as_os_str().len() + 2);
+    fill(walk, root, form, consistency, &mut |path, bytes| {
+        if path.as_bytes().len() > longest {
+            return Err(NewFolderError::LongPath(path.clone()));
+        }
+        copied(bytes).map_err(NewFolderError::Watch)
+    })
 }
 
 fn fill(
@@ -95,12 +121,15 @@ fn fill(
     root: Node,
     form: Form,
     consistency: Consistency,
+    told: &mut dyn FnMut(&TreePath, u64) -> Result<(), NewFolderError>,
 ) -> Result<NewFolder, NewFolderError> {
     let mut target = Target::new(root, form);
-    let mut written = NewFolder::default();
+    let (mut written, mut bytes) = (NewFolder::default(), 0u64);
     while let Some(change) = walk.next_change()? {
         written.entries += 1;
         add(&mut target, &change, consistency, &mut written)?;
+        bytes = bytes.saturating_add(change.bytes());
+        told(&change.path, bytes)?;
     }
     if let Some(root) = walk.silent_root() {
         add(&mut target, &root, consistency, &mut written)?;

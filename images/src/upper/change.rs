@@ -33,6 +33,16 @@ pub struct Change {
     pub in_base: bool,
 }
 
+impl Change {
+    /// The size of a regular file; of anything else nothing.
+    pub fn bytes(&self) -> u64 {
+        match &self.what {
+            What::Entry(Entry { kind: EntryKind::File(content), .. }) => content.size(),
+            _ => 0,
+        }
+    }
+}
+
 /// What a layer says of a path.
 #[derive(Debug)]
 pub enum What {

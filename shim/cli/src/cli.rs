@@ -22,7 +22,8 @@ Exit codes:
   0    done
   1    the command did its work and the answer is bad: doctor found a problem, a guest file is damaged
   125  vmctr could not do its work: wrong usage, bad configuration, a failed system call
-  127  what the command names does not exist: no such container, no guest assets";
+  127  what the command names does not exist: no such container, no guest assets
+  130  a signal ended a commit, and it took back what it had made";
 
 /// Containers that each run behind their own kernel: look at them, commit them, check this host, build the
 /// guest.

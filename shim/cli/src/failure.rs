@@ -19,6 +19,8 @@ pub enum Exit {
     Failed = 125,
     /// What the command names does not exist.
     NotFound = 127,
+    /// A signal asked for the end.
+    Interrupted = 130,
 }
 
 impl From<Exit> for ExitCode {
@@ -65,6 +67,12 @@ impl Failure {
     /// The work could not be done.
     pub fn failed(error: impl Into<anyhow::Error>) -> Self {
         Self { exit: Exit::Failed, error: error.into(), hint: None }
+    }
+
+    /// Means another exit code.
+    #[must_use]
+    pub fn with(self, exit: Exit) -> Self {
+        Self { exit, ..self }
     }
 
     /// Adds what the user can do.

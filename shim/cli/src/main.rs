@@ -29,6 +29,7 @@ mod vms;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
@@ -38,6 +39,9 @@ use crate::failure::Exit;
 
 /// Under this name mount(8) calls the program.
 const MOUNT_HELPER: &str = "mount.fuse.vmctr";
+
+/// How long threads have to put away what they hold after an interruption.
+const GRACE: Duration = Duration::from_secs(2);
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();
@@ -78,5 +82,11 @@ fn log_to_stderr() {
 }
 
 fn block_on(work: impl Future<Output = failure::Outcome>) -> failure::Outcome {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(work)
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let outcome = runtime.block_on(work);
+    if outcome.as_ref().is_err_and(|failure| failure.exit() == Exit::Interrupted) {
+        // A thread in the middle of something large does not hold up whoever interrupted it.
+        runtime.shutdown_timeout(GRACE);
+    }
+    outcome
 }

@@ -11,6 +11,7 @@ use vmctr_images::commit::{
     Changes, Committed, ContainerdOrder, Plan, Step, Unpack, Watch, to_archive, to_containerd, to_layout,
 };
 use vmctr_images::config::Descriptor;
+use vmctr_images::layer::Totals;
 use vmctr_images::store::containerd::Store;
 use vmctr_images::upper::{Layers, Namespace, Scope};
 
@@ -87,16 +88,18 @@ impl Work<'_> {
     }
 
     /// Shows how far it is, and lets the container go once all is read.
-    fn watch(&self) -> Box<Watch<'static>> {
+    pub fn watch(&self) -> Box<Watch<'static>> {
         let (mut count, still) = (self.progress.counter(), self.source.still.clone());
+        let go_on = self.wanted.asker();
         let (runtime, verify) = (Handle::current(), self.order.verify);
-        Box::new(move |step| match step {
-            Step::Layer(totals) => {
-                count(totals.bytes);
-                Ok(())
+        Box::new(move |step| {
+            go_on()?;
+            match step {
+                Step::Copied(bytes) | Step::Layer(Totals { bytes, .. }) => count(bytes),
+                Step::Read if verify => {}
+                Step::Read => runtime.block_on(still.release()).map_err(io::Error::other)?,
             }
-            Step::Read if verify => Ok(()),
-            Step::Read => runtime.block_on(still.release()).map_err(io::Error::other),
+            Ok(())
         })
     }
 }

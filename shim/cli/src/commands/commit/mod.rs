@@ -7,9 +7,10 @@
 //! ```
 //!
 //! Invariants: the container runs on, whatever happens: the shim lets it go when this process ends. An image
-//! whose container went on too early gets no name.
+//! whose container went on too early gets no name. What was interrupted is taken back.
 
 mod base;
+mod interrupt;
 mod making;
 mod order;
 mod report;
@@ -29,6 +30,7 @@ use crate::container::{self, Container};
 use crate::failure::{Failure, Outcome, Verdict};
 use crate::progress::Progress;
 use crate::source::Source;
+use interrupt::{Interrupt, Wanted, interrupted};
 use order::{Image, Order};
 use report::Report;
 
@@ -38,12 +40,20 @@ pub async fn run(context: &Context, args: CommitArgs) -> Outcome {
     let client = context.containerd().await?;
     let container = container::find(context, &client, &order.container).await?;
     order::check_root(&container, &order)?;
+    let mut interrupt = Interrupt::listen()?;
     let store = Arc::new(match &order.image {
         Some(Image::Containerd(_)) => Store::lease(client, &context.namespace).await?,
         _ => Store::reader(client, &context.namespace),
     });
-    let done = commit(context, &order, container, &store).await;
-    let released = store.release(done.is_err()).await;
+    let done = tokio::select! {
+        done = commit(context, &order, container, &store) => done,
+        () = interrupt.asked() => Err(interrupted()),
+    };
+    let released = tokio::select! {
+        released = store.release(done.is_err()) => released,
+        // Whoever asks again does not want to wait: the lease ends by itself.
+        () = interrupt.asked() => return Err(interrupted()),
+    };
     let report = done?;
     released?;
     report.print(context.json, order.quiet)?;
@@ -57,6 +67,7 @@ struct Work<'a> {
     source: Source,
     base: Base,
     progress: Progress,
+    wanted: Wanted,
     report: Report,
 }
 
@@ -72,7 +83,8 @@ async fn commit(
     progress.phase("stopping the container");
     let source = Source::open(context, container, order.pause).await?;
     check_subtree(&source.layers()?, order)?;
-    let mut work = Work { order, store, source, base, progress, report: Report::default() };
+    let mut work =
+        Work { order, store, source, base, progress, wanted: Wanted::default(), report: Report::default() };
     let staged = work.stage(snapshot).await?;
     if staged.holds_changes() {
         work.read_all().await?;

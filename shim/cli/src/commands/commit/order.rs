@@ -94,6 +94,11 @@ fn image(output: ImageStore, reference: Option<String>, folder: bool) -> Result<
         (ImageStore::Containerd, Some(name)) if name.trim().is_empty() => {
             Err(Failure::failed(anyhow!("The image's name is empty")))
         }
+        (ImageStore::Containerd, Some(name)) if name.contains(|c: char| c == '@' || c.is_whitespace()) => {
+            let why = "the image's digest is not known before it is made, and names have no spaces";
+            Err(Failure::failed(anyhow!("{name:?} cannot be the new image's name: {why}"))
+                .hint("name it such as docker.io/library/mine:1"))
+        }
         (ImageStore::Containerd, Some(name)) => Ok(Some(Image::Containerd(name))),
         (ImageStore::Containerd, None) if folder => Ok(None),
         (ImageStore::Containerd, None) => Err(Failure::failed(anyhow!("The new image needs a name"))
@@ -120,5 +125,19 @@ pub fn check_root(container: &Container, order: &Order) -> Result<(), Failure> {
         }
         RootPlan::Folder { .. } => Err(one_folder(id)),
         RootPlan::Union { .. } => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_in_containerd_has_a_name_that_tools_can_read() {
+        for name in ["", " ", "a b", "mine:1\n", "docker.io/library/mine@sha256:00"] {
+            assert!(image(ImageStore::Containerd, Some(name.to_owned()), false).is_err(), "{name}");
+        }
+        let named = image(ImageStore::Containerd, Some("localhost:5000/mine:1".to_owned()), false);
+        assert!(matches!(named, Ok(Some(Image::Containerd(name))) if name == "localhost:5000/mine:1"));
     }
 }

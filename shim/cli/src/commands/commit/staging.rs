@@ -106,9 +106,11 @@ impl Work<'_> {
     async fn in_snapshot(&mut self, snapshot: Snapshot) -> Result<Staged, Failure> {
         let (layers, consistency) = (self.source.layers()?, self.source.consistency);
         let (scope, subtree) = (self.source.scope, self.order.subtree.clone());
+        let mut watch = self.watch();
         let copied = spawn_blocking(move || {
             let changes = Changes { layers: &layers, scope, subtree: &subtree };
-            capture_in_snapshot(&changes, consistency, &snapshot).map(|copied| (snapshot, copied))
+            capture_in_snapshot(&changes, consistency, &snapshot, &mut *watch)
+                .map(|copied| (snapshot, copied))
         });
         let (snapshot, (folder, notes)) = copied.await.context("copying was interrupted")??;
         self.report.notes(&notes);
@@ -119,9 +121,10 @@ impl Work<'_> {
     async fn in_folder(&mut self, dir: &Path) -> Result<(), Failure> {
         let (layers, consistency) = (self.source.layers()?, self.source.consistency);
         let (scope, subtree, to) = (self.source.scope, self.order.subtree.clone(), dir.to_owned());
+        let mut watch = self.watch();
         let copied = spawn_blocking(move || {
             let changes = Changes { layers: &layers, scope, subtree: &subtree };
-            capture(&changes, consistency, Namespace::Trusted, &to)
+            capture(&changes, consistency, Namespace::Trusted, &to, &mut *watch)
         });
         let (folder, notes) = copied.await.context("copying was interrupted")??;
         self.report.notes(&notes);
