@@ -37,6 +37,9 @@ const INIT_QUIET: Duration = Duration::from_secs(10);
 /// The same for an exec, whose children may hold its output open for as long as they live.
 const EXEC_QUIET: Duration = Duration::from_secs(2);
 
+/// How long a start waits for readers of the output.
+const READER_LIMIT: Duration = Duration::from_secs(1);
+
 /// The task service of one container.
 pub struct Service {
     container_id: String,
@@ -69,7 +72,17 @@ impl Service {
         self.handle.ask_container(make).await
     }
 
-    /// Output comes before the end of its process is forgotten. The driver does other things meanwhile.
+    /// Output has somewhere to go before its process says anything. The driver does other things meanwhile.
+    async fn wait_for_readers(&self, exec_id: &str) -> Result<()> {
+        let exec = exec_id.to_owned();
+        let outputs = self.handle.ask_container(|answer| ContainerRequest::Opening(exec, answer)).await?;
+        if let Some(outputs) = outputs {
+            outputs.opened(READER_LIMIT).await;
+        }
+        Ok(())
+    }
+
+    /// Output comes before the end of its process is forgotten. As above.
     async fn drain(&self, exec_id: &str) -> Result<()> {
         let exec = exec_id.to_owned();
         let outputs = self.handle.ask_container(|answer| ContainerRequest::Outputs(exec, answer)).await?;
@@ -100,6 +113,8 @@ impl Task for Service {
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> TtrpcResult<StartResponse> {
         let exec_id = request.exec_id;
+        self.check_id(&request.id)?;
+        self.wait_for_readers(&exec_id).await?;
         let pid = self.container(&request.id, |answer| ContainerRequest::Start(exec_id, answer)).await?;
         Ok(StartResponse { pid, ..StartResponse::default() })
     }

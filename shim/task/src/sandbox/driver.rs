@@ -234,6 +234,7 @@ impl Live {
                 }
                 drop(answer.send(started));
             }
+            ContainerRequest::Opening(exec_id, answer) => drop(answer.send(container.opening(&exec_id))),
             ContainerRequest::Outputs(exec_id, answer) => drop(answer.send(container.outputs(&exec_id))),
             ContainerRequest::State(exec_id, answer) => drop(answer.send(container.state(&exec_id))),
             ContainerRequest::Wait(exec_id, answer) => drop(answer.send(container.wait(&exec_id))),

@@ -48,6 +48,8 @@ pub enum ContainerRequest {
     Exec(ExecRequest, Answer<()>),
     /// Runs a process.
     Start(String, Answer<u32>),
+    /// What the output of a process that is to start still waits for.
+    Opening(String, Answer<Option<Outputs>>),
     /// What the output of a deletable process still waits for.
     Outputs(String, Answer<Option<Outputs>>),
     /// A process's state.

@@ -44,8 +44,15 @@ pub fn prepare(stream: &UnixStream) -> io::Result<()> {
     stream.set_nonblocking(true)
 }
 
-/// Copies what the guest writes until it closes; counts the bytes that arrived in `progress`.
-pub fn output(mut from: &UnixStream, sink: Sink, cancel: &Cancel, progress: &AtomicU64) -> io::Result<()> {
+/// Copies what the guest writes until it closes; counts the bytes that arrived in `progress`. Calls `opened` when it
+/// has a target, or will have none.
+pub fn output(
+    mut from: &UnixStream,
+    sink: Sink,
+    cancel: &Cancel,
+    progress: &AtomicU64,
+    opened: impl FnOnce(),
+) -> io::Result<()> {
     let mut target = match open_sink(sink, cancel) {
         Ok(None) => return Ok(()),
         Ok(Some(target)) => Some(target),
@@ -54,6 +61,7 @@ pub fn output(mut from: &UnixStream, sink: Sink, cancel: &Cancel, progress: &Ato
             None
         }
     };
+    opened();
     let mut buffer = vec![0; BUFFER];
     while let Some(count) = read_some(&mut from, &mut buffer, cancel)? {
         if let Some(open) = &target

@@ -4,6 +4,7 @@
 //! ```text
 //!   open(Names)   -> Endpoints   what can fail at once fails here: missing FIFO, log file, logging program
 //!   start(streams)-> ProcessIo   one thread per output; back-pressure is the kernel's buffers
+//!   opened()                     waits for the readers of the output, before the start
 //!   open_stdin()                 the process was started: its input begins
 //!   close_stdin()                CloseIO: the process sees the end once the clients have closed too
 //!   drain()                      waits for the output's end, as long as bytes still move
@@ -11,7 +12,9 @@
 //! ```
 //!
 //! The input waits for the start because a client that is told of the start late must still get its CloseIO
-//! through: until the FIFO has a reader it cannot write, so it cannot come to its end.
+//! through: until the FIFO has a reader it cannot write, so it cannot come to its end. The start waits for the
+//! output's readers because a client that is told of the end stops waiting for a FIFO that nobody has opened: what a
+//! short process had to say would be lost.
 //!
 //! Threads with blocking calls, not tasks: a FIFO under an async runtime holds up its shutdown.
 
@@ -114,6 +117,9 @@ enum Stdin {
 /// Tells how far a process's output is.
 #[derive(Clone, Debug)]
 pub struct Outputs {
+    /// Threads that have no target yet.
+    opening: watch::Receiver<usize>,
+    /// Threads that have not ended.
     open: watch::Receiver<usize>,
     progress: Arc<AtomicU64>,
     cancel: Cancel,
@@ -185,14 +191,14 @@ impl Endpoints {
     pub fn start(self, streams: Streams) -> Result<ProcessIo, StdioError> {
         let cancel = Cancel::new().map_err(StdioError::Copy)?;
         let progress = Arc::new(AtomicU64::new(0));
-        let (done, open) = watch::channel(0);
-        let mut io = ProcessIo { stdin: Stdin::None, outputs: Outputs { open, progress, cancel } };
+        let ((ready, opening), (done, open)) = (watch::channel(0), watch::channel(0));
+        let mut io = ProcessIo { stdin: Stdin::None, outputs: Outputs { opening, open, progress, cancel } };
         if let (Some(fifo), Some(stream)) = (self.stdin, streams.stdin) {
             io.stdin = Stdin::Waiting { fifo, stream, closed: false };
         }
         for (sink, stream) in [(self.stdout, streams.stdout), (self.stderr, streams.stderr)] {
             if let (Some(sink), Some(stream)) = (sink, stream) {
-                io.spawn_output(stream, sink, done.clone())?;
+                io.spawn_output(stream, sink, CountGuard::new(ready.clone()), done.clone())?;
             }
         }
         if let Some(logger) = self.logger {
@@ -218,12 +224,13 @@ impl ProcessIo {
         &self,
         stream: UnixStream,
         sink: Sink,
+        opening: CountGuard,
         done: watch::Sender<usize>,
     ) -> Result<(), StdioError> {
         copy::prepare(&stream).map_err(StdioError::Copy)?;
         let Outputs { progress, cancel, .. } = self.outputs.clone();
         spawn("output", Some(done), move || {
-            if let Err(error) = copy::output(&stream, sink, &cancel, &progress) {
+            if let Err(error) = copy::output(&stream, sink, &cancel, &progress, || drop(opening)) {
                 debug!("Output ended early: {error}");
             }
         })
@@ -263,6 +270,12 @@ impl Drop for ProcessIo {
 }
 
 impl Outputs {
+    /// Waits until all output has somewhere to go, `limit` at most: a client may never read.
+    pub async fn opened(mut self, limit: Duration) {
+        // An error means that the last thread has its target. Without a reader the thread goes on waiting.
+        let _ = timeout(limit, self.opening.wait_for(|opening| *opening == 0)).await;
+    }
+
     /// Waits until all output is delivered. Gives up when nothing has moved for `quiet`.
     pub async fn drain(mut self, quiet: Duration) {
         loop {
@@ -285,7 +298,7 @@ fn spawn(
     open: Option<watch::Sender<usize>>,
     work: impl FnOnce() + Send + 'static,
 ) -> Result<(), StdioError> {
-    let guard = open.map(OpenGuard::new);
+    let guard = open.map(CountGuard::new);
     let body = move || {
         work();
         drop(guard);
@@ -293,16 +306,16 @@ fn spawn(
     thread::Builder::new().name(name.to_owned()).spawn(body).map(drop).map_err(StdioError::Copy)
 }
 
-struct OpenGuard(watch::Sender<usize>);
+struct CountGuard(watch::Sender<usize>);
 
-impl OpenGuard {
+impl CountGuard {
     fn new(open: watch::Sender<usize>) -> Self {
         open.send_modify(|count| *count += 1);
         Self(open)
     }
 }
 
-impl Drop for OpenGuard {
+impl Drop for CountGuard {
     fn drop(&mut self) {
         self.0.send_modify(|count| *count -= 1);
     }

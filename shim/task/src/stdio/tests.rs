@@ -60,6 +60,22 @@ async fn output_arrives_whole_and_ends_with_the_stream() {
 }
 
 #[tokio::test]
+async fn a_start_can_wait_for_the_reader() {
+    let rig = Rig::new();
+    let stdout = rig.fifo("out");
+    let (shim, _guest) = pair();
+    let io = start(
+        &Names { stdout: stdout.clone(), ..Names::default() },
+        Streams { stdout: shim, ..Streams::default() },
+    );
+    let begun = Instant::now();
+    io.outputs().opened(QUIET).await;
+    assert!(begun.elapsed() >= QUIET, "nobody reads");
+    let _reader = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&stdout).unwrap();
+    timeout(Duration::from_secs(5), io.outputs().opened(Duration::MAX)).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_client_may_go_and_another_come() {
     let rig = Rig::new();
     let stdout = rig.fifo("out");

@@ -34,7 +34,11 @@ fn one(bench: &mut Bench, subject: &'static Subject) {
     let mut ctr = in_foreground(&run);
     let mut stdout = ctr.stdout();
     let since = || began.elapsed().expect("the clock goes on");
-    stdout.read_exact(&mut [0]).expect("the container prints something");
+    if let Err(error) = stdout.read_exact(&mut [0]) {
+        // It says why.
+        ctr.finish().ok();
+        panic!("the container prints nothing: {error}");
+    }
     let output = since();
     // ctr closes it when it ends.
     io::copy(&mut stdout, &mut io::sink()).expect("readable");

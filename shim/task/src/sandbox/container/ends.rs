@@ -90,6 +90,11 @@ impl Container {
         live.iter().for_each(|exec_id| self.exited(exec_id, STATUS_KILLED));
     }
 
+    /// What the output of a process that may not run yet still waits for.
+    pub fn opening(&self, exec_id: &str) -> Result<Option<stdio::Outputs>> {
+        Ok(self.task(exec_id)?.io.as_ref().map(ProcessIo::outputs))
+    }
+
     /// What the output of a process that can be deleted still waits for.
     pub fn outputs(&self, exec_id: &str) -> Result<Option<stdio::Outputs>> {
         let task = self.task(exec_id)?;
