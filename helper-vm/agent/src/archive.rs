@@ -16,8 +16,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::buffer::{SpareCapacity, spare_capacity};
 use rustix::fs::{
-    AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat, lgetxattr, llistxattr, major, minor, openat, readlinkat,
-    statat,
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, lgetxattr, llistxattr, major, minor,
+    openat, openat2, readlinkat, statat,
 };
 use rustix::io::Errno;
 use tar::{Builder, EntryType, Header};
@@ -35,9 +35,17 @@ pub enum Error {
 }
 
 /// Archives `folder` into `out`.
-pub fn write(folder: &Path, out: impl Write) -> Result<(), Error> {
+///
+/// With `upper`, the folder is the merged view of an overlay with that upper folder. It tells which names are one file:
+/// an overlay without index may show a file that was copied up under another inode number than its new links.
+pub fn write(folder: &Path, upper: Option<&Path>, out: impl Write) -> Result<(), Error> {
     let out = Whole { out, failed: false };
-    let mut archive = Archive { tar: Builder::new(out), links: HashMap::new(), path: Vec::new() };
+    let upper = upper.map(|upper| {
+        let opened = openat(CWD, upper, DIRECTORY, Mode::empty());
+        opened.map_err(|e| Error::Entry { what: "open", path: upper.to_owned(), source: e.into() })
+    });
+    let upper = upper.transpose()?;
+    let mut archive = Archive { tar: Builder::new(out), links: HashMap::new(), path: Vec::new(), upper };
     if let Err(error) = archive.folder(folder) {
         archive.tar.get_mut().failed = true;
         return Err(error);
@@ -67,6 +75,7 @@ struct Archive<W: Write> {
     links: HashMap<(u64, u64), Vec<u8>>,
     /// Of the entry at hand, for the archive and for messages.
     path: Vec<u8>,
+    upper: Option<OwnedFd>,
 }
 
 /// An open folder and what of it is still to come.
@@ -152,12 +161,31 @@ impl<W: Write> Archive<W> {
 
     /// A further name of a file that is in the archive already. False for its first name.
     fn link(&mut self, stat: &Stat) -> Result<bool, Error> {
-        let Some(first) = self.links.get(&(stat.st_dev, stat.st_ino)).cloned() else {
-            self.links.insert((stat.st_dev, stat.st_ino), self.path.clone());
+        let file = self.identity(stat);
+        let Some(first) = self.links.get(&file).cloned() else {
+            self.links.insert(file, self.path.clone());
             return Ok(false);
         };
         self.append(stat, EntryType::Link, Some(&first), Vec::new(), io::empty())?;
         Ok(true)
+    }
+
+    /// Device and inode of the entry at hand: in the upper folder if it is there.
+    fn identity(&self, merged: &Stat) -> (u64, u64) {
+        let in_upper = self.upper.as_ref().and_then(|upper| {
+            let path = OsStr::from_bytes(&self.path);
+            let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+            let entry = openat2(
+                upper,
+                path,
+                OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+                Mode::empty(),
+                resolve,
+            );
+            rustix::fs::fstat(entry.ok()?).ok()
+        });
+        let stat = in_upper.as_ref().filter(|stat| stat.st_nlink > 1).unwrap_or(merged);
+        (stat.st_dev, stat.st_ino)
     }
 
     fn append(
@@ -308,7 +336,7 @@ mod tests {
 
     fn archive(folder: &Path) -> Vec<u8> {
         let mut out = Vec::new();
-        write(folder, &mut out).unwrap();
+        write(folder, None, &mut out).unwrap();
         out
     }
 
@@ -344,7 +372,7 @@ mod tests {
         assert_eq!(value(odd).unwrap(), [b'v'; 9]);
         assert_eq!(value(b"user.long").unwrap(), [b'v'; 2000]);
         lsetxattr(&file, "user.a=b", b"v", XattrFlags::empty()).unwrap();
-        assert!(matches!(write(dir.path(), io::sink()), Err(Error::Entry { .. })));
+        assert!(matches!(write(dir.path(), None, io::sink()), Err(Error::Entry { .. })));
     }
 
     #[test]
@@ -393,6 +421,27 @@ mod tests {
     }
 
     #[test]
+    fn what_the_upper_folder_links_is_linked_however_the_merged_view_shows_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for folder in ["merged", "upper", "aside"] {
+            fs::create_dir(at(folder)).unwrap();
+        }
+        for name in ["a", "b", "c"] {
+            fs::write(at("merged").join(name), "one").unwrap();
+            fs::hard_link(at("merged").join(name), at("aside").join(name)).unwrap();
+        }
+        fs::write(at("upper/a"), "one").unwrap();
+        fs::hard_link(at("upper/a"), at("upper/b")).unwrap();
+        let mut out = Vec::new();
+        write(&at("merged"), Some(&at("upper")), &mut out).unwrap();
+        let copy = unpack(&out);
+        let inode = |name: &str| fs::metadata(copy.path().join(name)).unwrap().ino();
+        assert_eq!(inode("a"), inode("b"));
+        assert_ne!(inode("a"), inode("c"));
+    }
+
+    #[test]
     fn folders_may_go_deeper_than_any_path() {
         let dir = tempfile::tempdir().unwrap();
         let mut fd = openat(CWD, dir.path(), DIRECTORY, Mode::empty()).unwrap();
@@ -412,8 +461,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("file"), [b'x'; 10]).unwrap();
         let stat = rustix::fs::stat(dir.path().join("file")).unwrap();
-        let mut archive =
-            Archive { tar: Builder::new(Vec::new()), links: HashMap::new(), path: b"file".to_vec() };
+        let mut archive = Archive {
+            tar: Builder::new(Vec::new()),
+            links: HashMap::new(),
+            path: b"file".to_vec(),
+            upper: None,
+        };
         archive.append(&stat, EntryType::Regular, None, Vec::new(), &b"xx"[..]).unwrap();
         let out = archive.tar.into_inner().unwrap();
         let mut read = tar::Archive::new(out.as_slice());

@@ -29,13 +29,13 @@ pub async fn read_upper(guest: Handle, container: ContainerRef, host: UpperSende
         verb: "archived",
         why: "it keeps its changes on the host",
     })?;
-    send(upper, host).await
+    send(upper, None, host).await
 }
 
 /// Sends the container's root, as an archive: the agent's own mount of it, on which nothing else is mounted.
 pub async fn read_merged(guest: Handle, container: ContainerRef, host: UpperSender) -> Result<()> {
     let (_, dir) = find(guest, container).await?;
-    send(dir.join(rootfs::ROOTFS), host).await
+    send(dir.join(rootfs::ROOTFS), rootfs::guest_upper(&dir), host).await
 }
 
 async fn find(guest: Handle, container: ContainerRef) -> Result<(ContainerId, PathBuf)> {
@@ -45,8 +45,9 @@ async fn find(guest: Handle, container: ContainerRef) -> Result<(ContainerId, Pa
     Ok((id, container_dir(&name)))
 }
 
-async fn send(folder: PathBuf, host: UpperSender) -> Result<()> {
-    blocking(move || Ok(archive::write(&folder, BufWriter::with_capacity(CHUNK, Chunks(host)))?)).await
+async fn send(folder: PathBuf, upper: Option<PathBuf>, host: UpperSender) -> Result<()> {
+    let out = BufWriter::with_capacity(CHUNK, Chunks(host));
+    blocking(move || Ok(archive::write(&folder, upper.as_deref(), out)?)).await
 }
 
 /// Each write becomes one message.
