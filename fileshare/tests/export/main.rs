@@ -8,6 +8,7 @@
 
 mod apart;
 mod basics;
+mod claims;
 mod corpus;
 mod differential;
 mod evict;
@@ -22,3 +23,4 @@ mod shortcut;
 mod steps;
 mod sys;
 mod users;
+mod victim;

@@ -73,9 +73,9 @@ impl Service {
     }
 
     /// Output has somewhere to go before its process says anything. The driver does other things meanwhile.
-    async fn wait_for_readers(&self, exec_id: &str) -> Result<()> {
+    async fn wait_for_readers(&self, id: &str, exec_id: &str) -> Result<()> {
         let exec = exec_id.to_owned();
-        let outputs = self.handle.ask_container(|answer| ContainerRequest::Opening(exec, answer)).await?;
+        let outputs = self.container(id, |answer| ContainerRequest::Opening(exec, answer)).await?;
         if let Some(outputs) = outputs {
             outputs.opened(READER_LIMIT).await;
         }
@@ -113,8 +113,7 @@ impl Task for Service {
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> TtrpcResult<StartResponse> {
         let exec_id = request.exec_id;
-        self.check_id(&request.id)?;
-        self.wait_for_readers(&exec_id).await?;
+        self.wait_for_readers(&request.id, &exec_id).await?;
         let pid = self.container(&request.id, |answer| ContainerRequest::Start(exec_id, answer)).await?;
         Ok(StartResponse { pid, ..StartResponse::default() })
     }
