@@ -282,6 +282,66 @@ fn writers_movers_and_readers_at_once_see_one_tree() {
 }
 
 #[test]
+fn what_is_found_for_a_change_takes_no_turn_of_its_own() {
+    on_union(|mounted, place| {
+        for name in ["sub/one", "sub/two", "empty", "file"] {
+            fs::metadata(mounted.path("dir").join(name)).unwrap();
+        }
+        let before = mounted.export().turns();
+        fs::remove_file(mounted.path("dir/sub/one")).unwrap();
+        File::options().append(true).open(mounted.path("dir/sub/two")).unwrap();
+        fs::rename(mounted.path("dir/empty"), mounted.path("dir/file")).unwrap();
+        let taken = |opcode| {
+            let count = |turns: &[(u32, u64)]| {
+                turns.iter().find(|(known, _)| *known == opcode).map_or(0, |(_, count)| *count)
+            };
+            count(&mounted.export().turns()) - count(&before)
+        };
+        // One of the two names that a rename takes is found before.
+        assert_eq!([op::UNLINK, op::OPEN, op::RENAME, op::FIND].map(taken), [1, 1, 1, 1]);
+        assert_eq!(changed_tree(&mounted.root), changed_tree(&place.path("merged")));
+    });
+}
+
+#[test]
+fn a_name_that_is_taken_while_it_is_being_found_is_found_or_gone() {
+    in_private_namespace(|| {
+        let place = Place::new();
+        let lower = place.folder("lower");
+        for at in 0..400 {
+            fs::create_dir_all(lower.join(format!("many/{at}"))).unwrap();
+            fs::write(lower.join(format!("many/{at}/file")), "text").unwrap();
+        }
+        let merged = place.overlay("union", &lower);
+        let layers = Layers::open(Some(&place.path("union/upper")), std::slice::from_ref(&lower)).unwrap();
+        let server = Server::new(&merged).unwrap().with_layers(layers);
+        let config = Config { layers: vec![lower], ..Config::new(place.folder("mnt")) };
+        let mounted = Mounted::serve(server, config);
+        let file = |at: u32| mounted.path("many").join(at.to_string()).join("file");
+        (0..400).for_each(|at| assert!(file(at).exists()));
+        std::thread::scope(|scope| {
+            let append =
+                |at: u32| File::options().append(true).open(file(at)).and_then(|mut f| f.write_all(b"!"));
+            let gone = |result: std::io::Result<()>| match result.map_err(|error| error.raw_os_error()) {
+                // An overlay itself says EEXIST when a copy-up meets a rename.
+                Ok(()) | Err(Some(libc::ENOENT | libc::ESTALE | libc::EEXIST)) => {}
+                Err(other) => panic!("{other:?}"),
+            };
+            scope.spawn(move || (0..400).for_each(|at| gone(append(at))));
+            let moved = mounted.path("many");
+            scope.spawn(move || {
+                for at in (0..400).step_by(2) {
+                    gone(fs::rename(moved.join(at.to_string()), moved.join(format!("moved-{at}"))));
+                }
+            });
+            scope.spawn(move || (0..400).step_by(3).for_each(|at| gone(fs::remove_file(file(at)))));
+        });
+        assert_eq!(changed_tree(&mounted.root), changed_tree(&merged));
+        mounted.unmount();
+    });
+}
+
+#[test]
 fn nodes_that_are_open_nowhere_are_not_forgotten_for_want_of_open_files() {
     in_private_namespace(|| {
         let place = Place::new();

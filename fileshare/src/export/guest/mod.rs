@@ -28,6 +28,7 @@ mod caller;
 mod data;
 mod entries;
 mod folders;
+mod found;
 mod gate;
 mod handles;
 mod layers;

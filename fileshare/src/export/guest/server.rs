@@ -10,6 +10,7 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::caller::own_thread;
+use super::found::Found;
 use super::gate::Gate;
 use super::handles::Handles;
 use super::layers::Layers;
@@ -163,14 +164,16 @@ impl Server {
     }
 
     fn take_turns(&self, stream: &Stream) -> StreamError {
-        let (mut inbox, mut answer) = (Inbox::default(), Answer::default());
+        let (mut inbox, mut answer, mut found) = (Inbox::default(), Answer::default(), Found::default());
         loop {
             let message = match inbox.next(stream, IN_HEADER, MAX_MESSAGE) {
                 Ok(message) => message,
                 Err(error) => return error,
             };
-            let Some(reply) = self.handle(message, &mut answer) else { continue };
-            if let Err(error) = stream.write_all(reply) {
+            found.put_into(message);
+            let reply = self.handle(message, &mut answer).unwrap_or_default();
+            let more = inbox.has_more();
+            if let Err(error) = found.answer(stream, inbox.last(), reply, more) {
                 return error;
             }
         }

@@ -4,6 +4,7 @@
 //!   kernel ─ device ─ lane ─┬─ lazy, reading   what need not cross, or crosses joined with the next
 //!                           ├─ own ─ served    folders of one lower layer, read by the host
 //!                           ├─ talk ═ stream   question ... answer ─ check ─> kernel
+//!                           │   └─ bind        nodes of the host's own that a question is about
 //!                           └─ waits ═ stream  locks that are waited for
 //! ```
 //!
@@ -17,6 +18,7 @@
 
 mod attrs;
 mod beneath;
+mod bind;
 mod check;
 mod clock;
 mod config;

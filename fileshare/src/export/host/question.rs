@@ -1,6 +1,6 @@
 //! What the kernel asked, as far as the answer is measured by it.
 
-use crate::export::wire::abi::{IN_HEADER, InHeader, NODEID, flag, op};
+use crate::export::wire::abi::{IN_HEADER, InHeader, flag, op};
 use crate::export::wire::codec::Take;
 
 /// A request of which an answer is awaited.
@@ -60,15 +60,6 @@ pub(super) fn handle_places(opcode: u32, body: &[u8]) -> &'static [usize] {
         op::COPY_FILE_RANGE => &[0, 24],
         op::SETATTR if u32_at(body, 0) & flag::FATTR_FH != 0 => &[8],
         _ => &[],
-    }
-}
-
-/// Where in a message the numbers of nodes are.
-pub(super) fn node_places(opcode: u32) -> &'static [usize] {
-    match opcode {
-        op::RENAME | op::RENAME2 | op::LINK => &[NODEID, IN_HEADER],
-        op::COPY_FILE_RANGE => &[NODEID, IN_HEADER + 16],
-        _ => &[NODEID],
     }
 }
 

@@ -12,11 +12,11 @@ use super::evict::Told;
 use super::export::Streams;
 use super::known::Known;
 use super::lazy::Lazies;
-use super::question::{names_taken, node_places, u64_at};
+use super::question::{names_taken, u64_at};
 use super::served::Served;
 use super::shortcut::Shortcut;
 use super::waits::Waits;
-use crate::export::wire::abi::{IN_HEADER, InHeader, op};
+use crate::export::wire::abi::{IN_HEADER, InHeader, node_places, op};
 use crate::export::wire::stream::Stream;
 
 /// How many (file, owner) pairs are known to have had locks. With more, every close is told to the guest.

@@ -3,13 +3,10 @@
 use std::sync::Arc;
 
 use super::check::check;
-use super::question::{Question, names_taken, node_places, put_u64_at, u64_at};
-use super::served::is_own;
+use super::question::{Question, put_u64_at, u64_at};
 use super::settle::{settle, without_place};
 use super::shared::{Lost, Shared};
-use crate::export::wire::abi::{
-    ENTRY_OUT, Entry, IN_HEADER, InHeader, MAX_MESSAGE, NODEID, OUT_HEADER, OutHeader, ROOT_ID, op,
-};
+use crate::export::wire::abi::{IN_HEADER, InHeader, MAX_MESSAGE, NODEID, OUT_HEADER, OutHeader, op};
 use crate::export::wire::codec::{Put, Take};
 use crate::export::wire::stream::{Inbox, StreamError};
 
@@ -41,77 +38,35 @@ impl Talk {
     /// Nodes of ours are the guest's in what is sent, and the guest's are ours, where they are, in what is returned.
     pub(super) fn ask(&mut self, message: &mut [u8]) -> Result<&mut [u8], Errno> {
         let header = InHeader::take(&mut Take::new(message)).map_err(|_| libc::EIO)?;
-        self.prepare_names(&header, &message[IN_HEADER..])?;
-        let mut put = Vec::new();
-        for place in node_places(header.opcode).iter().copied() {
-            let id = u64_at(message, place);
-            if is_own(id) {
-                put.push((place, id, self.guest_node(&header, id)?));
-            }
-        }
-        put.iter().for_each(|(place, _, guest)| put_u64_at(message, *place, *guest));
-        let asked = self.ask_guest(message);
-        put.iter().for_each(|(place, own, _)| put_u64_at(message, *place, *own));
-        asked?;
+        self.ask_bound(&header, message)?;
         let answer = self.inbox.last();
         settle(&self.shared.served, &header, &message[IN_HEADER..], &mut answer[OUT_HEADER..]);
         Ok(without_place(header.opcode, answer))
     }
 
-    /// The same with nodes as the guest has them.
-    fn ask_guest(&mut self, message: &[u8]) -> Result<(), Errno> {
+    /// Asks about nodes that are the guest's.
+    pub(super) fn exchange(&mut self, message: &[u8]) -> Result<(), Errno> {
         let question = Question::of(message);
+        self.begin(&question);
+        self.send(message);
+        let result = self.receive(&question);
+        self.end();
+        result
+    }
+
+    /// A turn begins.
+    pub(super) fn begin(&self, question: &Question) {
         self.shared.turns.count(question.opcode);
         self.shared.begin(self.lane, question.unique);
-        let result = self.exchange(&question, message);
+    }
+
+    pub(super) fn end(&self) {
         self.shared.end(self.lane);
-        result?;
-        let answer = self.inbox.last();
-        match OutHeader::take(&mut Take::new(answer)).map_or(-libc::EIO, |header| header.error) {
-            0 => Ok(()),
-            error => Err(-error),
-        }
     }
 
-    /// Binds the nodes of ours whose names a request may take, before it does.
-    fn prepare_names(&mut self, header: &InHeader, body: &[u8]) -> Result<(), Errno> {
-        for (folder, name) in names_taken(header, body).into_iter().flatten().filter(|(id, _)| is_own(*id)) {
-            if let Some(node) = self.shared.served.change_name(folder, name) {
-                self.shared.served.change(node);
-                self.guest_node(header, node)?;
-                self.shared.served.lose_name(folder, name);
-            }
-        }
-        Ok(())
-    }
-
-    /// The guest's node for one of ours, which it is told of if it does not know it.
-    pub(super) fn guest_node(&mut self, header: &InHeader, id: u64) -> Result<u64, Errno> {
-        let shared = Arc::clone(&self.shared);
-        if let Some(known) = shared.served.guest(id) {
-            return Ok(known);
-        }
-        // Any node tells of the file system that it is in.
-        if matches!(header.opcode, op::STATFS | op::SYNCFS) {
-            return Ok(ROOT_ID);
-        }
-        let _binding = shared.served.binding();
-        let way = shared.served.way(id).ok_or(libc::EIO)?;
-        if !way.nodes.is_empty() {
-            let request = message(&InHeader { opcode: op::FIND, nodeid: way.from, ..*header }, &way.names);
-            self.ask_guest(&request).map_err(|_| libc::EIO)?;
-            let found: Vec<_> = self.inbox.last()[OUT_HEADER..]
-                .chunks_exact(ENTRY_OUT)
-                .flat_map(Entry::take_completed)
-                .collect();
-            if !shared.served.bind(&way.nodes, &found) {
-                if shared.complaints.may() {
-                    tracing::warn!("the guest finds other files than lie in its layers");
-                }
-                return Err(libc::EIO);
-            }
-        }
-        shared.served.guest(id).ok_or(libc::EIO)
+    /// The answer that was received last.
+    pub(super) fn answer(&mut self) -> &mut [u8] {
+        self.inbox.last()
     }
 
     /// Sends what is not answered, if it is about a node that the guest knows.
@@ -121,33 +76,36 @@ impl Talk {
         self.send(message);
     }
 
-    fn send(&self, message: &[u8]) {
+    pub(super) fn send(&self, message: &[u8]) {
         if !self.shared.is_lost() && self.shared.lanes[self.lane].stream.write_all(message).is_err() {
             self.shared.give_up(Lost::Closed);
         }
     }
 
-    fn exchange(&mut self, question: &Question, message: &[u8]) -> Result<(), Errno> {
+    /// Waits for the answer to what was sent.
+    pub(super) fn receive(&mut self, question: &Question) -> Result<(), Errno> {
         if self.shared.is_lost() {
             return Err(libc::EIO);
         }
         let stream = &self.shared.lanes[self.lane].stream;
-        let sent = stream.write_all(message);
-        let answered = sent.and_then(|()| next_answer(&mut self.inbox, &mut self.late, question, stream));
-        if let Err(error) = answered {
+        if let Err(error) = next_answer(&mut self.inbox, &mut self.late, question, stream) {
             self.shared.give_up(lost(&error));
             return Err(libc::EIO);
         }
         let answer = self.inbox.last();
         let unique = unique(answer);
-        check(question, answer, self.shared.remember).map_err(|malformed| {
+        if let Err(malformed) = check(question, answer, self.shared.remember) {
             if self.shared.complaints.may() {
                 let Question { opcode, nodeid, .. } = question;
                 tracing::warn!(opcode, nodeid, "the guest's answer is refused: {malformed}");
             }
             self.owe(question.unique, unique);
-            libc::EIO
-        })
+            return Err(libc::EIO);
+        }
+        match OutHeader::take(&mut Take::new(answer)).map_or(-libc::EIO, |header| header.error) {
+            0 => Ok(()),
+            error => Err(-error),
+        }
     }
 
     /// Notes that a request may yet be answered, when the answer to it was another's.

@@ -62,6 +62,7 @@ pub mod op {
     /// a folder lies in whole, from 1. `whole` is 1 when no more entries follow.
     pub const OPENDIR_READ: u32 = 0x8002;
     /// Ours: look up names one below the other, each of which a NUL ends. Answered by an entry for each, or an error.
+    /// The next request may mean these nodes by their place among the names ([`super::FOUND`](super::FOUND)).
     pub const FIND: u32 = 0x8003;
 }
 
@@ -186,6 +187,10 @@ pub fn name(opcode: u32) -> &'static str {
 /// Node IDs that the guest gives are below; those above are the host's own.
 pub const OWN_NODES: u64 = 1 << 63;
 
+/// In the request that follows a FIND on its stream, this and the place of a name in it stand for the node that it
+/// finds, so that the host need not wait for its answer.
+pub const FOUND: u64 = OWN_NODES;
+
 /// The folder that a mount shows.
 pub const ROOT_ID: u64 = 1;
 
@@ -213,6 +218,15 @@ pub const OPEN_OUT: usize = 16;
 pub const DIRENT: usize = 24;
 /// The longest name of a folder's entry.
 pub const NAME_MAX: usize = 255;
+
+/// Where in a message the numbers of nodes are.
+pub fn node_places(opcode: u32) -> &'static [usize] {
+    match opcode {
+        op::RENAME | op::RENAME2 | op::LINK => &[NODEID, IN_HEADER],
+        op::COPY_FILE_RANGE => &[NODEID, IN_HEADER + 16],
+        _ => &[NODEID],
+    }
+}
 
 /// `fuse_in_header`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

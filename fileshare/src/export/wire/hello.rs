@@ -13,7 +13,7 @@ use super::codec::{Malformed, Put, Take};
 use super::stream::{Stream, StreamError};
 
 /// The version that this code speaks.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 const MAGIC: &[u8; 8] = b"vmctrxpt";
 const HOST_LENGTH: usize = 32;
@@ -212,10 +212,10 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_of_version_2_stay() {
-        let golden = b"vmctrxpt\x02\0\0\0\x01\0\0\0\x06\0\0\0\0\0\0\0\x07\0\0\0\0\0\0\0";
+    fn the_bytes_of_version_3_stay() {
+        let golden = b"vmctrxpt\x03\0\0\0\x01\0\0\0\x06\0\0\0\0\0\0\0\x07\0\0\0\0\0\0\0";
         assert_eq!(HELLO.encode(), golden);
         assert_eq!(Hello::decode(golden).unwrap(), HELLO);
-        assert_eq!(answer(WELCOME, 2), b"vmctrxpt\x02\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0");
+        assert_eq!(answer(WELCOME, 2), b"vmctrxpt\x03\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0");
     }
 }

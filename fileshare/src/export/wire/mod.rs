@@ -19,7 +19,7 @@
 //! 4. After a successful change of a folder its attributes follow the kernel's answer ([`abi::folders_after`]).
 //! 5. With a folder that lies in one lower layer only comes where ([`abi::PURE`]).
 //! 6. Nodes that the host gave the kernel by itself are found in one request ([`abi::op::FIND`]) before anything else
-//!    is asked of them.
+//!    is asked of them. What is asked may follow at once and name them by their place in it ([`abi::FOUND`]).
 
 pub mod abi;
 pub mod codec;

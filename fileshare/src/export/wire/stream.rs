@@ -161,6 +161,11 @@ impl Inbox {
         &mut self.buffer[self.last.clone()]
     }
 
+    /// Whether more was read than was handed out.
+    pub fn has_more(&self) -> bool {
+        self.end > self.start
+    }
+
     fn fill(&mut self, stream: &Stream, wanted: usize) -> Result<(), StreamError> {
         if self.end - self.start >= wanted {
             return Ok(());

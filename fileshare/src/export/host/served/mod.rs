@@ -13,14 +13,14 @@
 //! 1. One file has one number: a node that the guest tells is first looked for among those that are bound, then among
 //!    those that have its name in its folder.
 //! 2. Names by which nodes are not yet bound are those of the union: who moves or removes one binds it before, and
-//!    waits for whoever is just binding by its name.
+//!    waits for whoever is just binding by its name, or binds it with the removal while nobody else binds.
 //! 3. A node stays while the kernel knows it, or one below it.
 
 mod table;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::beneath::{Beneath, Found, Raw, read_folder};
 use super::shared::lock;
@@ -203,10 +203,15 @@ impl Served {
 
     /// A node of ours is bound and about to lose its name: returns when nobody is finding anything by it any more.
     pub(super) fn lose_name(&self, folder: u64, name: &[u8]) {
+        self.take_name(folder, name);
+        drop(self.binding_alone());
+    }
+
+    /// The same for who is alone with it.
+    pub(super) fn take_name(&self, folder: u64, name: &[u8]) {
         if let Some(own) = self.table().nodes.get_mut(&folder) {
             own.names.remove(name);
         }
-        drop(self.binding.write());
     }
 
     /// The guest's node that a number stands for, if it knows it.
@@ -222,6 +227,11 @@ impl Served {
     /// While it is held, no name that a way is made of goes.
     pub(super) fn binding(&self) -> RwLockReadGuard<'_, ()> {
         self.binding.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// While it is held, nobody else tells names to the guest.
+    pub(super) fn binding_alone(&self) -> RwLockWriteGuard<'_, ()> {
+        self.binding.write().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// The way to a node that the guest does not know.
