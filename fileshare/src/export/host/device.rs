@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use rustix::pipe::SpliceFlags;
 
 use crate::export::sys;
 use crate::export::wire::abi::{OUT_HEADER, OutHeader};
@@ -70,6 +71,13 @@ impl Device {
         let mut header = Vec::with_capacity(OUT_HEADER);
         OutHeader { len: (OUT_HEADER + body.len()) as u32, error: 0, unique }.put(&mut header);
         self.report(rustix::io::writev(&self.0, &[IoSlice::new(&header), IoSlice::new(body)]));
+    }
+
+    /// Answers with the `length` bytes that are in a pipe; tells how many the kernel took.
+    pub(super) fn splice(&self, pipe: &OwnedFd, length: usize) -> Result<usize, Errno> {
+        let taken = rustix::pipe::splice(pipe, None, &self.0, None, length, SpliceFlags::empty());
+        self.report(taken);
+        taken
     }
 
     /// Has the kernel ask for a file's attributes the next time, and so for its size.

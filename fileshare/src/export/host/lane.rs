@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use super::attrs::Moment;
 use super::device::{Device, Gone};
+use super::pipe::Pipe;
 use super::question::{changes, handle_places, is_served, made, opens_to_write, put_u64_at, u32_at, u64_at};
 use super::shared::Shared;
 use super::talk::{Errno, Talk, message};
@@ -30,11 +31,18 @@ pub(super) struct Lane {
     pub(super) talk: Talk,
     /// What is read here.
     pub(super) data: Vec<u8>,
+    /// Much of it goes to the kernel by this way.
+    pub(super) pipe: Pipe,
 }
 
 impl Lane {
     pub(super) fn new(device: Device, shared: Arc<Shared>, lane: usize) -> Self {
-        Self { device: Arc::new(device), talk: Talk::new(shared, lane), data: Vec::new() }
+        Self {
+            device: Arc::new(device),
+            talk: Talk::new(shared, lane),
+            data: Vec::new(),
+            pipe: Pipe::default(),
+        }
     }
 
     pub(super) fn shared(&self) -> Arc<Shared> {

@@ -31,6 +31,7 @@ mod lane;
 mod lazy;
 mod mount;
 mod own;
+mod pipe;
 mod question;
 mod reading;
 mod served;

@@ -16,7 +16,7 @@ use rustix::mount::{
 
 use super::config::Config;
 use super::device::Device;
-use crate::export::wire::abi::MAX_DATA;
+use super::pipe::MAX_READ;
 
 /// A mount that is not in its place yet.
 #[derive(Debug)]
@@ -60,7 +60,7 @@ impl Apart {
             ("rootmode", "40000".to_owned()),
             ("user_id", rustix::process::getuid().as_raw().to_string()),
             ("group_id", rustix::process::getgid().as_raw().to_string()),
-            ("max_read", MAX_DATA.to_string()),
+            ("max_read", MAX_READ.to_string()),
         ] {
             fsconfig_set_string(&context, key, value).map_err(failed(key))?;
         }
@@ -101,7 +101,7 @@ fn device_minor(mount: &OwnedFd) -> rustix::io::Result<u32> {
 /// are merely shorter.
 fn read_ahead(minor: u32) {
     let path = format!("/sys/class/bdi/0:{minor}/read_ahead_kb");
-    if let Err(error) = std::fs::write(&path, (MAX_DATA / 1024).to_string()) {
+    if let Err(error) = std::fs::write(&path, (MAX_READ / 1024).to_string()) {
         tracing::debug!(%error, path, "reads will be shorter than they could be");
     }
 }
