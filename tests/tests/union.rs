@@ -309,8 +309,11 @@ fn mount_8_and_fstab_mount_a_union() {
     let bin = rig.new_folder("bin");
     symlink(prerequisites::binary("vmctr"), bin.join("mount.fuse.vmctr")).expect("writable");
     // mount(8) looks for its helpers in /sbin: there, for this one process and its children only.
-    let fstab =
-        format!("vmctr {} fuse.vmctr {},noauto,nofail 0 0\n", place.at("mnt").display(), place.options());
+    let fstab = format!(
+        "vmctr {} fuse.vmctr {},noauto,nofail,users,_netdev 0 0\n",
+        place.at("mnt").display(),
+        place.options()
+    );
     fs::write(place.at("fstab"), fstab).expect("writable");
     let script = format!(
         "mount -t overlay overlay -o lowerdir=$PWD/bin:/usr/sbin /usr/sbin\n\
