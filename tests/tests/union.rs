@@ -220,6 +220,19 @@ fn an_upper_folder_belongs_to_one_union() {
 }
 
 #[test]
+fn a_mount_waits_for_the_one_before_it_to_leave_whoever_owns_that() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    let lower = format!("lowerdir={}", place.at("base").display());
+    for options in [lower.clone(), format!("{lower},own_vm"), lower] {
+        place.try_mount(&options, "mnt").ok();
+        assert_eq!(place.text("mnt/shared"), "base\n");
+        run(Command::new("umount").arg(place.at("mnt"))).ok();
+    }
+    eventually("the last union is gone", PATIENCE, || place.list().is_empty());
+}
+
+#[test]
 fn when_the_vm_is_killed_the_union_fails_at_once_and_can_be_mounted_again() {
     let rig = Rig::vmctr();
     let place = Place::new(&rig);
