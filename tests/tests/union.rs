@@ -220,6 +220,42 @@ fn an_upper_folder_belongs_to_one_union() {
 }
 
 #[test]
+fn folders_of_two_unions_do_not_overlap_where_one_changes_them() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    place.shell("mkdir mnt2 work2 upper/below base/inner base/inner/upper base/inner/work").ok();
+    place.mount();
+    let at = |name| place.at(name).display().to_string();
+    let inner = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        at("top"),
+        at("base/inner/upper"),
+        at("base/inner/work")
+    );
+    for options in [inner, format!("lowerdir={}", at("upper/below"))] {
+        let output = place.try_mount(&options, "mnt2");
+        assert!(output.code() == 125 && output.errors().contains("overlaps the"), "{output}");
+    }
+    // Both may show what neither changes.
+    place.try_mount(&format!("lowerdir={}", at("base/dir")), "mnt2").ok();
+    place.vmctr(&["umount", &at("mnt2")]).ok();
+    place.umount();
+}
+
+#[test]
+fn a_layer_in_another_one_is_found_behind_a_bind_mount() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    let bound = rig.new_folder("bound").display().to_string();
+    place.shell("mkdir base/upper base/work; mount --bind base bound").ok();
+    let base = place.at("base").display().to_string();
+    let options = format!("lowerdir={bound},upperdir={base}/upper,workdir={base}/work");
+    let refused = place.try_mount(&options, "mnt");
+    run(Command::new("umount").arg(&bound)).ok();
+    assert!(refused.code() == 125 && refused.errors().contains("lies inside the lower folder"), "{refused}");
+}
+
+#[test]
 fn a_mount_waits_for_the_one_before_it_to_leave_whoever_owns_that() {
     let rig = Rig::vmctr();
     let place = Place::new(&rig);
