@@ -220,6 +220,55 @@ fn an_upper_folder_belongs_to_one_union() {
 }
 
 #[test]
+fn folders_of_two_unions_do_not_overlap_where_one_changes_them() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    place.shell("mkdir mnt2 work2 upper/below base/inner base/inner/upper base/inner/work").ok();
+    place.mount();
+    let at = |name| place.at(name).display().to_string();
+    let inner = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        at("top"),
+        at("base/inner/upper"),
+        at("base/inner/work")
+    );
+    for options in [inner, format!("lowerdir={}", at("upper/below"))] {
+        let output = place.try_mount(&options, "mnt2");
+        assert!(output.code() == 125 && output.errors().contains("overlaps the"), "{output}");
+    }
+    // Both may show what neither changes.
+    place.try_mount(&format!("lowerdir={}", at("base/dir")), "mnt2").ok();
+    place.vmctr(&["umount", &at("mnt2")]).ok();
+    place.umount();
+}
+
+#[test]
+fn a_layer_in_another_one_is_found_behind_a_bind_mount() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    let bound = rig.new_folder("bound").display().to_string();
+    place.shell("mkdir base/upper base/work; mount --bind base bound").ok();
+    let base = place.at("base").display().to_string();
+    let options = format!("lowerdir={bound},upperdir={base}/upper,workdir={base}/work");
+    let refused = place.try_mount(&options, "mnt");
+    run(Command::new("umount").arg(&bound)).ok();
+    assert!(refused.code() == 125 && refused.errors().contains("lies inside the lower folder"), "{refused}");
+}
+
+#[test]
+fn a_mount_waits_for_the_one_before_it_to_leave_whoever_owns_that() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    let lower = format!("lowerdir={}", place.at("base").display());
+    for options in [lower.clone(), format!("{lower},own_vm"), lower] {
+        place.try_mount(&options, "mnt").ok();
+        assert_eq!(place.text("mnt/shared"), "base\n");
+        run(Command::new("umount").arg(place.at("mnt"))).ok();
+    }
+    eventually("the last union is gone", PATIENCE, || place.list().is_empty());
+}
+
+#[test]
 fn when_the_vm_is_killed_the_union_fails_at_once_and_can_be_mounted_again() {
     let rig = Rig::vmctr();
     let place = Place::new(&rig);
@@ -309,8 +358,11 @@ fn mount_8_and_fstab_mount_a_union() {
     let bin = rig.new_folder("bin");
     symlink(prerequisites::binary("vmctr"), bin.join("mount.fuse.vmctr")).expect("writable");
     // mount(8) looks for its helpers in /sbin: there, for this one process and its children only.
-    let fstab =
-        format!("vmctr {} fuse.vmctr {},noauto,nofail 0 0\n", place.at("mnt").display(), place.options());
+    let fstab = format!(
+        "vmctr {} fuse.vmctr {},noauto,nofail,users,_netdev 0 0\n",
+        place.at("mnt").display(),
+        place.options()
+    );
     fs::write(place.at("fstab"), fstab).expect("writable");
     let script = format!(
         "mount -t overlay overlay -o lowerdir=$PWD/bin:/usr/sbin /usr/sbin\n\

@@ -67,11 +67,11 @@ impl FromStr for RunKey {
 #[derive(Debug, thiserror::Error)]
 pub enum RunDirError {
     /// The VM that owns the directory still runs.
-    #[error("{} belongs to the running container {container_id} (shim {shim}): delete that container first", dir.display())]
+    #[error("{} belongs to {container_id}, whose process {shim} still runs: delete or unmount that first", dir.display())]
     InUse {
         /// The directory.
         dir: PathBuf,
-        /// Its container.
+        /// Its container or mountpoint.
         container_id: String,
         /// Its shim's process ID.
         shim: u32,

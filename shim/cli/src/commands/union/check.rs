@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 use vmctr_fileshare::share::{ShareSpec, Top};
 
 use super::options::Options;
+use super::place::Place;
+use super::record;
 
 /// Version of what `mount.json` says of a union, and of the order to the background process.
 const VERSION: u32 = 1;
@@ -102,6 +104,20 @@ pub enum CheckError {
         /// The outer one.
         outer: PathBuf,
     },
+    /// One of them would be changed under the other.
+    #[error("The {role} {} overlaps the {other_role} {} of the union on {}", path.display(), other.display(), mountpoint.display())]
+    Overlaps {
+        /// What it is.
+        role: &'static str,
+        /// The folder.
+        path: PathBuf,
+        /// What the other one is.
+        other_role: &'static str,
+        /// The other one.
+        other: PathBuf,
+        /// Where the other union is mounted.
+        mountpoint: PathBuf,
+    },
     /// Files cannot be moved from work to upper.
     #[error("The work folder {} is on another mount than the upper folder {}: use one beside it", work.display(), upper.display())]
     OtherMount {
@@ -123,6 +139,16 @@ struct Folder<'a> {
     role: &'static str,
     path: &'a Path,
     id: (u64, u64),
+    /// Behind bind mounts; none when it cannot be known.
+    place: Option<Place>,
+}
+
+impl Folder<'_> {
+    fn overlaps(&self, other: &Self) -> bool {
+        let Some((one, other_place)) = self.place.as_ref().zip(other.place.as_ref()) else { return false };
+        let changes = self.role != LOWER || other.role != LOWER;
+        changes && one != other_place && (one.is_within(other_place) || other_place.is_within(one))
+    }
 }
 
 const LOWER: &str = "lower folder";
@@ -146,6 +172,24 @@ impl Plan {
         Ok(plan)
     }
 
+    /// What one union changes must not lie in what another one shows. One folder in both is for their locks to tell.
+    pub fn check_beside(&self, other: &Self) -> Result<(), CheckError> {
+        let ours = self.folders()?;
+        // It may be of another mount namespace: then its paths say nothing here.
+        for theirs in other.folders().unwrap_or_default() {
+            if let Some(one) = ours.iter().find(|one| one.overlaps(&theirs)) {
+                return Err(CheckError::Overlaps {
+                    role: one.role,
+                    path: one.path.to_owned(),
+                    other_role: theirs.role,
+                    other: theirs.path.to_owned(),
+                    mountpoint: other.mountpoint.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// What the VM gets to see.
     pub fn share(&self) -> ShareSpec {
         let top = self.top.as_ref().map_or(Top::None, |changes| Top::Overlay {
@@ -155,16 +199,16 @@ impl Plan {
         ShareSpec { lowers: self.lowers.clone(), top, ..ShareSpec::new() }
     }
 
-    fn folders(&self) -> Result<Vec<Folder<'_>>, CheckError> {
+    fn folders<'a>(&'a self) -> Result<Vec<Folder<'a>>, CheckError> {
         let lowers = self.lowers.iter().map(|path| (LOWER, path));
         let top = self.top.iter().flat_map(|top| [(UPPER, &top.upper), (WORK, &top.work)]);
-        let folder = |(role, path): (_, &'_ PathBuf)| {
+        let table = record::mount_table();
+        let folder = |(role, path): (_, &'a PathBuf)| {
             let meta = metadata(role, path)?;
-            Ok((role, (meta.dev(), meta.ino())))
+            let place = Place::find(&table, mount_of(role, path)?, path);
+            Ok(Folder { role, path, id: (meta.dev(), meta.ino()), place })
         };
-        let all: Vec<_> = lowers.chain(top).collect();
-        let ids = all.iter().map(|one| folder(*one)).collect::<Result<Vec<_>, CheckError>>()?;
-        Ok(all.into_iter().zip(ids).map(|((role, path), (_, id))| Folder { role, path, id }).collect())
+        lowers.chain(top).map(folder).collect()
     }
 }
 
@@ -231,7 +275,8 @@ fn check_apart(folders: &[Folder<'_>]) -> Result<(), CheckError> {
 }
 
 fn check_not_inside(inner: &Folder<'_>, outer: &Folder<'_>) -> Result<(), CheckError> {
-    if !inner.path.starts_with(outer.path) {
+    let bound = inner.place.as_ref().zip(outer.place.as_ref());
+    if !inner.path.starts_with(outer.path) && !bound.is_some_and(|(inner, outer)| inner.is_within(outer)) {
         return Ok(());
     }
     Err(CheckError::Inside {

@@ -82,9 +82,12 @@ impl Prepared {
     /// Locks the folders, starts the share daemon. `log` is what the run directory shows as the union's log.
     pub async fn new(config: &Config, plan: Plan, log: &std::path::Path) -> anyhow::Result<Self> {
         let order = Order::Union(plan.clone());
-        let wanted = order.clone();
-        let locks = spawn_blocking(move || Locks::take(&wanted)).await??;
-        let run_dir = RunDir::create(&config.run_dir, record::owner(&plan.mountpoint))?;
+        let (wanted, place) = (order.clone(), config.run_dir.clone());
+        let claim = move || {
+            let locks = Locks::take(&wanted)?;
+            anyhow::Ok((locks, record::claim(&place, wanted.mountpoint())?))
+        };
+        let (locks, run_dir) = spawn_blocking(claim).await??;
         let started = async {
             fs::hard_link(log, record::log(run_dir.path())).context("Cannot share the log")?;
             record::write(run_dir.path(), &order).context("Cannot write down what is mounted")?;

@@ -23,6 +23,7 @@ mod options;
 mod order;
 mod owner;
 mod owners;
+mod place;
 mod ports;
 mod record;
 mod serve;

@@ -27,7 +27,13 @@ pub fn run(config: &Config, args: &UnionMount) -> Outcome {
     let options = Options::parse(&given.join(",")).map_err(|error| {
         Failure::failed(error).hint("as in `-o lowerdir=A:B,upperdir=U,workdir=W MOUNTPOINT`")
     })?;
-    mount(config, &Order::Union(Plan::check(options, &args.mountpoint)?))
+    let plan = Plan::check(options, &args.mountpoint)?;
+    for mount in record::list(&config.run_dir)?.iter().filter(|mount| mount.state() == State::Mounted) {
+        if let Some(Order::Union(other)) = &mount.order {
+            plan.check_beside(other)?;
+        }
+    }
+    mount(config, &Order::Union(plan))
 }
 
 /// Mounts a container's root.

@@ -77,8 +77,11 @@ impl Options {
 /// Restrictions of the mount that the words mean; the last of two that contradict counts. Set-user-ID programs
 /// and devices are refused unless asked for.
 pub fn restrictions(words: &[String]) -> MountAttrFlags {
-    let usual = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-    words.iter().filter_map(|word| attribute(word)).fold(usual, |all, (mask, set)| (all - mask) | set)
+    words.iter().filter_map(|word| attribute(word)).fold(usual(), |all, (mask, set)| (all - mask) | set)
+}
+
+fn usual() -> MountAttrFlags {
+    MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV
 }
 
 /// Whether large lower files may be read on the host.
@@ -111,6 +114,9 @@ fn attribute(word: &str) -> Option<(MountAttrFlags, MountAttrFlags)> {
         "nodev" => on(Attr::MOUNT_ATTR_NODEV),
         "dev" => off(Attr::MOUNT_ATTR_NODEV),
         "noexec" => on(Attr::MOUNT_ATTR_NOEXEC),
+        // Who else may mount it is for mount(8) to say; these are what it means for the mount.
+        "user" | "users" => on(usual() | Attr::MOUNT_ATTR_NOEXEC),
+        "nosymfollow" => on(Attr::MOUNT_ATTR_NOSYMFOLLOW),
         "exec" => off(Attr::MOUNT_ATTR_NOEXEC),
         "nodiratime" => on(Attr::MOUNT_ATTR_NODIRATIME),
         "diratime" => off(Attr::MOUNT_ATTR_NODIRATIME),
@@ -127,7 +133,9 @@ fn is_word(word: &str) -> bool {
 
 /// Of fstab's options, those that mount(8) or systemd has read already.
 fn is_for_others(option: &str) -> bool {
-    matches!(option, "defaults" | "auto" | "noauto" | "nofail" | "_netdev") || option.starts_with("x-")
+    matches!(option, "defaults" | "auto" | "noauto" | "nofail" | "_netdev")
+        || option.starts_with("x-")
+        || option.starts_with("X-")
 }
 
 fn once<T>(name: &'static str, slot: &mut Option<T>, value: T) -> Result<(), OptionsError> {
@@ -224,6 +232,8 @@ mod tests {
         assert_eq!(of(""), usual);
         assert_eq!(of("ro,rw"), usual);
         assert_eq!(of("suid,dev,ro"), Attr::MOUNT_ATTR_RDONLY);
+        assert_eq!(of("suid,users"), usual | Attr::MOUNT_ATTR_NOEXEC);
+        assert_eq!(of("user,exec,nosymfollow"), usual | Attr::MOUNT_ATTR_NOSYMFOLLOW);
         assert_eq!(of("noatime,strictatime"), usual | Attr::MOUNT_ATTR_STRICTATIME);
     }
 

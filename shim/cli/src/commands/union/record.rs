@@ -13,10 +13,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use vmctr_fileshare::export::host::Figures;
-use vmctr_vmm::run_dir::{self, Entry, Owner, Role, RunDirError, RunKey};
+use vmctr_vmm::run_dir::{self, Entry, Owner, Role, RunDir, RunDirError, RunKey};
 
 use super::order::Order;
 
@@ -30,6 +32,10 @@ const RELAY: &str = "relay.json";
 
 /// Of what the background process notes.
 const MAX_NOTE: usize = 4096;
+
+/// How long a mount that was taken away a moment ago may keep its place.
+const PATIENCE: Duration = Duration::from_secs(3);
+const POLL: Duration = Duration::from_millis(20);
 
 /// The mount's type in /proc/mounts.
 const TYPE: &str = "fuse.vmctr";
@@ -101,6 +107,18 @@ pub fn owner(mountpoint: &Path) -> Owner {
         namespace: NAMESPACE.to_owned(),
         container_id: mountpoint.display().to_string(),
         bundle: mountpoint.to_owned(),
+    }
+}
+
+/// Makes the run directory of what is to be mounted there. Blocks for a while where another process still writes to
+/// disk what was changed in the mount before.
+pub fn claim(run_dir: &Path, mountpoint: &Path) -> Result<RunDir, RunDirError> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match RunDir::create(run_dir, owner(mountpoint)) {
+            Err(RunDirError::InUse { .. }) if Instant::now() < until => sleep(POLL),
+            outcome => return outcome,
+        }
     }
 }
 
@@ -197,18 +215,23 @@ impl Mount {
 
 /// Whether something of ours is mounted there.
 pub fn is_mounted(mountpoint: &Path) -> bool {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    table.lines().filter_map(mount).any(|(point, kind)| kind == TYPE && Path::new(&point) == mountpoint)
+    let found = |(point, kind): (String, &str)| kind == TYPE && Path::new(&point) == mountpoint;
+    mount_table().lines().filter_map(mount).any(found)
+}
+
+/// The kernel's table of this process's mounts; empty where /proc is not there.
+pub fn mount_table() -> String {
+    fs::read_to_string("/proc/self/mountinfo").unwrap_or_default()
 }
 
 /// Mountpoint and type of a line of mountinfo.
 fn mount(line: &str) -> Option<(String, &str)> {
     let (left, right) = line.split_once(" - ")?;
-    Some((plain(left.split(' ').nth(4)?), right.split(' ').next()?))
+    Some((unescaped(left.split(' ').nth(4)?), right.split(' ').next()?))
 }
 
 /// The kernel writes spaces and the like as a backslash and three octal digits.
-fn plain(text: &str) -> String {
+pub fn unescaped(text: &str) -> String {
     let mut parts = text.split('\\');
     let mut plain = parts.next().unwrap_or_default().as_bytes().to_vec();
     for part in parts {

@@ -81,7 +81,8 @@ async fn serve_container(config: &Config, target: Target) -> anyhow::Result<()> 
 async fn start(config: &Config, target: Target) -> anyhow::Result<Served> {
     let order = Order::Container(target.clone());
     let locks = Locks::take(&order)?;
-    let run_dir = RunDir::create(&config.run_dir, record::owner(order.mountpoint()))?;
+    let (place, mountpoint) = (config.run_dir.clone(), target.mountpoint.clone());
+    let run_dir = spawn_blocking(move || record::claim(&place, &mountpoint)).await??;
     match start_in(&order, &target, &run_dir).await {
         Ok(export) => {
             info!("Mounted");
