@@ -48,4 +48,4 @@ mod sys;
 
 pub use control::ControlError;
 pub use spawn::{Connection, Exit, Fsd, SpawnError, spawn, spawn_on};
-pub use spec::{SPEC_VERSION, ShareSpec, SpecError, Top, Volume};
+pub use spec::{SPEC_VERSION, ShareSpec, SpecError, Top, UsedBy, Volume};

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, StatxFlags, XattrFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use vmctr_fileshare::share::{ShareSpec, Top};
+use vmctr_fileshare::share::{ShareSpec, Top, UsedBy};
 
 use super::options::Options;
 
@@ -152,7 +152,7 @@ impl Plan {
             upper: changes.upper.clone(),
             work: changes.work.clone(),
         });
-        ShareSpec { lowers: self.lowers.clone(), top, ..ShareSpec::new() }
+        ShareSpec { used_by: UsedBy::Union, lowers: self.lowers.clone(), top, ..ShareSpec::new() }
     }
 
     fn folders(&self) -> Result<Vec<Folder<'_>>, CheckError> {
