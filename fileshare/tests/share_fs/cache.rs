@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use virtiofsd::filesystem::{FileSystem, OpenOptions};
 
-use vmctr_fileshare::share::{ShareSpec, UsedBy};
+use vmctr_fileshare::share::{ShareSpec, Top, UsedBy};
 
 use super::rig::{A_DAY, Guest, Host, RDONLY, RDWR, assert_errno, root};
 
@@ -52,14 +52,17 @@ fn contents_are_kept_except_of_volumes() {
     });
 }
 
-/// As 64-bit programs and an overlay open.
+/// As programs of 64 bits open.
 const LARGE_FILE: u32 = 0o100_000;
+
+/// As an overlay opens a file for its data.
+const DATA: u32 = LARGE_FILE | libc::O_NOATIME as u32;
 
 #[test]
 fn a_union_keeps_the_contents_of_layers_only() {
     let host = Host::new();
     fs::write(host.path("snap/fs/changed"), "upper").unwrap();
-    let options = |guest: &Guest, path| guest.open(guest.inode(path), RDONLY | LARGE_FILE).unwrap().1;
+    let options = |guest: &Guest, path| guest.open(guest.inode(path), RDONLY | DATA).unwrap().1;
     let spec = ShareSpec { used_by: UsedBy::Union, ..host.spec() };
     host.share_spec(&spec, |guest| {
         assert_eq!(options(guest, "lower/0/file"), OpenOptions::KEEP_CACHE | OpenOptions::NOFLUSH);
@@ -79,9 +82,15 @@ fn what_a_unions_guest_opens_for_an_ioctl_is_refused_as_the_ioctl_would_be() {
     let spec = ShareSpec { used_by: UsedBy::Union, ..host.spec() };
     host.share_spec(&spec, |guest| {
         let (file, folder) = (guest.inode("lower/0/file"), guest.inode("lower/0/sub"));
-        assert_errno(guest.open(file, RDONLY), libc::ENOTTY);
+        for flags in [RDONLY, RDONLY | LARGE_FILE] {
+            assert_errno(guest.open(file, flags), libc::ENOTTY);
+        }
         assert_errno(guest.fs.opendir(root(), folder, RDONLY), libc::ENOTTY);
         guest.fs.opendir(root(), folder, RDONLY | LARGE_FILE).unwrap();
+    });
+    let read_only = ShareSpec { top: Top::None, ..spec };
+    host.share_spec(&read_only, |guest| {
+        guest.open(guest.inode("lower/0/file"), RDONLY | LARGE_FILE).unwrap();
     });
     host.share(|guest| {
         // A 32-bit program's way to open for data.
