@@ -210,7 +210,7 @@ fn prepare(spec: &ShareSpec) -> Result<ShareFs, DaemonError> {
     let proc_self_fd = Some(root.enter()?);
     sandbox::confine(Role::Server)?;
     let writable = std::mem::take(&mut root.writable);
-    let limits = Limits { guest_fds, one_filesystem, proc_self_fd, writable };
+    let limits = Limits { used_by: spec.used_by, guest_fds, one_filesystem, proc_self_fd, writable };
     ShareFs::new(&places(&root), limits).map_err(step("open the share root"))
 }
 

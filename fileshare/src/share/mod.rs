@@ -15,7 +15,7 @@
 //!
 //! ```text
 //!   lower/0..N   the image's layers                      read-only   cached without limit
-//!   upper work   where an overlay's changes land         writable    cached without limit
+//!   upper work   where an overlay's changes land         writable    cached without limit; a union's without contents
 //!   root         a plain folder as the root, no overlay  either      cached without limit
 //!   vol/0..N     folders and single files                either      every look asks the host
 //! ```
@@ -48,4 +48,4 @@ mod sys;
 
 pub use control::ControlError;
 pub use spawn::{Connection, Exit, Fsd, SpawnError, spawn, spawn_on};
-pub use spec::{SPEC_VERSION, ShareSpec, SpecError, Top, Volume};
+pub use spec::{SPEC_VERSION, ShareSpec, SpecError, Top, UsedBy, Volume};

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 /// Format version of [`ShareSpec`].
-pub const SPEC_VERSION: u32 = 1;
+pub const SPEC_VERSION: u32 = 2;
 
 /// Overlayfs takes at most 500 lower layers (Linux `OVL_MAX_STACK`).
 const MAX_LOWERS: usize = 500;
@@ -23,12 +23,24 @@ const MAX_VOLUMES: usize = 1024;
 pub struct ShareSpec {
     /// [`SPEC_VERSION`].
     pub version: u32,
+    /// Whose requests to expect.
+    pub used_by: UsedBy,
     /// Folders that appear as `lower/0`, `lower/1`, ... in this order, read-only.
     pub lowers: Vec<PathBuf>,
     /// What lies on top of them.
     pub top: Top,
     /// Folders and files that appear as `vol/0`, `vol/1`, ... in this order.
     pub volumes: Vec<Volume>,
+}
+
+/// Who works on the share in the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UsedBy {
+    /// Programs of any kind, which may map files.
+    Container,
+    /// The server of a union through its overlay: maps no file, and the host keeps what it reads.
+    Union,
 }
 
 /// Where the container's changes land.
@@ -96,7 +108,13 @@ impl ShareSpec {
     /// A spec that shares nothing yet.
     #[must_use]
     pub fn new() -> Self {
-        Self { version: SPEC_VERSION, lowers: Vec::new(), top: Top::None, volumes: Vec::new() }
+        Self {
+            version: SPEC_VERSION,
+            used_by: UsedBy::Container,
+            lowers: Vec::new(),
+            top: Top::None,
+            volumes: Vec::new(),
+        }
     }
 
     /// Checks all that can be checked without touching the file system.
@@ -157,14 +175,14 @@ mod tests {
 
     #[test]
     fn the_wire_form_is_stable() {
-        let golden = r#"{"version":1,"lowers":["/l/0","/l/1"],"top":{"overlay":{"upper":"/s/fs","work":"/s/work"}},"volumes":[{"source":"/etc/hosts","read_only":true,"recursive":false}]}"#;
+        let golden = r#"{"version":2,"used_by":"container","lowers":["/l/0","/l/1"],"top":{"overlay":{"upper":"/s/fs","work":"/s/work"}},"volumes":[{"source":"/etc/hosts","read_only":true,"recursive":false}]}"#;
         assert_eq!(serde_json::to_string(&overlay()).unwrap(), golden);
         assert_eq!(serde_json::from_str::<ShareSpec>(golden).unwrap(), overlay());
     }
 
     #[test]
     fn unknown_fields_are_refused() {
-        let text = r#"{"version":1,"lowers":[],"top":"none","volumes":[],"uid":5}"#;
+        let text = r#"{"version":2,"used_by":"union","lowers":[],"top":"none","volumes":[],"uid":5}"#;
         assert!(serde_json::from_str::<ShareSpec>(text).is_err());
     }
 
@@ -191,8 +209,8 @@ mod tests {
     fn bounds_and_version_hold() {
         let many = ShareSpec { lowers: vec!["/l".into(); MAX_LOWERS + 1], ..ShareSpec::new() };
         assert!(matches!(many.validate(), Err(SpecError::TooMany { count: 501, .. })));
-        let old = ShareSpec { version: 0, ..ShareSpec::new() };
-        assert!(matches!(old.validate(), Err(SpecError::Version(0))));
+        let old = ShareSpec { version: SPEC_VERSION - 1, ..ShareSpec::new() };
+        assert!(matches!(old.validate(), Err(SpecError::Version(1))));
     }
 
     #[test]

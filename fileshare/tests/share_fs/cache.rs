@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use virtiofsd::filesystem::{FileSystem, OpenOptions};
 
-use super::rig::{A_DAY, Host, RDONLY, RDWR, assert_errno, root};
+use vmctr_fileshare::share::{ShareSpec, Top, UsedBy};
+
+use super::rig::{A_DAY, Guest, Host, RDONLY, RDWR, assert_errno, root};
 
 #[test]
 fn the_guest_remembers_all_but_volumes() {
@@ -47,6 +49,53 @@ fn contents_are_kept_except_of_volumes() {
         // No direct I/O: a shared mapping must be possible.
         assert_eq!(options("vol/0/file", RDONLY), OpenOptions::NOFLUSH);
         assert_eq!(options("vol/0/file", RDWR), OpenOptions::empty());
+    });
+}
+
+/// As programs of 64 bits open.
+const LARGE_FILE: u32 = 0o100_000;
+
+/// As an overlay opens a file for its data.
+const DATA: u32 = LARGE_FILE | libc::O_NOATIME as u32;
+
+#[test]
+fn a_union_keeps_the_contents_of_layers_only() {
+    let host = Host::new();
+    fs::write(host.path("snap/fs/changed"), "upper").unwrap();
+    let options = |guest: &Guest, path| guest.open(guest.inode(path), RDONLY | DATA).unwrap().1;
+    let spec = ShareSpec { used_by: UsedBy::Union, ..host.spec() };
+    host.share_spec(&spec, |guest| {
+        assert_eq!(options(guest, "lower/0/file"), OpenOptions::KEEP_CACHE | OpenOptions::NOFLUSH);
+        assert_eq!(options(guest, "upper/changed"), OpenOptions::DIRECT_IO | OpenOptions::NOFLUSH);
+        let upper = guest.walk("upper");
+        assert_eq!((upper.entry_timeout, upper.attr_timeout), (A_DAY, A_DAY));
+    });
+    host.share(|guest| {
+        let kept = OpenOptions::KEEP_CACHE | OpenOptions::NOFLUSH;
+        assert_eq!(options(guest, "upper/changed"), kept, "a container may map it");
+    });
+}
+
+#[test]
+fn what_a_unions_guest_opens_for_an_ioctl_is_refused_as_the_ioctl_would_be() {
+    let host = Host::new();
+    let spec = ShareSpec { used_by: UsedBy::Union, ..host.spec() };
+    host.share_spec(&spec, |guest| {
+        let (file, folder) = (guest.inode("lower/0/file"), guest.inode("lower/0/sub"));
+        for flags in [RDONLY, RDONLY | LARGE_FILE] {
+            assert_errno(guest.open(file, flags), libc::ENOTTY);
+        }
+        assert_errno(guest.fs.opendir(root(), folder, RDONLY), libc::ENOTTY);
+        guest.fs.opendir(root(), folder, RDONLY | LARGE_FILE).unwrap();
+    });
+    let read_only = ShareSpec { top: Top::None, ..spec };
+    host.share_spec(&read_only, |guest| {
+        guest.open(guest.inode("lower/0/file"), RDONLY | LARGE_FILE).unwrap();
+    });
+    host.share(|guest| {
+        // A 32-bit program's way to open for data.
+        guest.open(guest.inode("lower/0/file"), RDONLY).unwrap();
+        guest.fs.opendir(root(), guest.inode("lower/0/sub"), RDONLY).unwrap();
     });
 }
 

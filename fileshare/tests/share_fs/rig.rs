@@ -104,9 +104,9 @@ impl Guest {
             volumes: root.has_volumes.then(|| VOLUMES.into()),
         };
         let writable = std::mem::take(&mut root.writable);
-        let fs =
-            ShareFs::new(&places, Limits { guest_fds: GUEST_FDS, one_filesystem, proc_self_fd, writable })
-                .unwrap();
+        let used_by = spec.used_by;
+        let limits = Limits { used_by, guest_fds: GUEST_FDS, one_filesystem, proc_self_fd, writable };
+        let fs = ShareFs::new(&places, limits).unwrap();
         fs.init(FsOptions::all()).unwrap();
         Self { fs }
     }

@@ -9,12 +9,13 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread::Builder;
 use std::time::Duration;
 
 use nix::sched::CloneFlags;
-use rustix::fs::syncfs;
+use rustix::fs::{major, minor, syncfs};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use vmctr_fileshare::export::guest::{Layers, ServeError, Server};
@@ -29,6 +30,9 @@ const EXPORTS_DIR: &str = "/run/vmctr/exports";
 
 /// How long the threads of an export may take to end when its streams are closed.
 const THREADS_TIME: Duration = Duration::from_secs(3);
+
+/// KiB, and the most that one request to the share brings; the kernel's default is an eighth.
+const READ_AHEAD_KB: &str = "1024";
 
 /// A union, by the number of its port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,7 +125,8 @@ impl Union {
         let tag = guest_paths::union_tag(self.0);
         // No flags, as for a container's share: what may be done, the host's mount says.
         let mounted = mount(tag.as_str(), share, "virtiofs", MountFlags::empty(), None);
-        mounted.map_err(io_error(format!("mounting share {tag:?}")))
+        mounted.map_err(io_error(format!("mounting share {tag:?}")))?;
+        read_ahead(share).map_err(io_error("setting how much of the union's files is read ahead"))
     }
 
     fn serve(self, exports: &Exports, plan: RootPlan) -> Result<()> {
@@ -138,6 +143,13 @@ impl Union {
     fn dir(self) -> PathBuf {
         Path::new(EXPORTS_DIR).join(self.0.to_string())
     }
+}
+
+/// Copying a file up reads it from its beginning to its end, and each request costs a turn to the host.
+fn read_ahead(share: &Path) -> io::Result<()> {
+    let device = fs::metadata(share)?.dev();
+    let queue = format!("/sys/class/bdi/{}:{}/read_ahead_kb", major(device), minor(device));
+    fs::write(queue, READ_AHEAD_KB)
 }
 
 /// Mounting an overlay of many folders takes a change of the working directory, which must not be everybody's.

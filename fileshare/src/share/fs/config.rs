@@ -1,11 +1,14 @@
 //! How each of the passthrough file systems is set up: where it is rooted, what the guest may remember, which
 //! extended attributes pass.
 //!
-//! | | layers, root, upper, work | volumes |
-//! |---|---|---|
-//! | names and attributes | kept for a day | asked for each time |
-//! | file contents | kept between opens | dropped at open, and when size or time changed |
-//! | listings | kept | read each time |
+//! | | layers, root | upper, work | volumes |
+//! |---|---|---|---|
+//! | names and attributes | kept for a day | likewise | asked for each time |
+//! | file contents | kept between opens | likewise; a union's not kept | dropped at open, and when size or time changed |
+//! | listings | kept | likewise | read each time |
+//!
+//! What a union's guest would keep of upper files, the host has kept already. A write that bypasses the guest's page
+//! cache costs no copy, and no question for the capabilities that the write takes away: the overlay has asked.
 //!
 //! Extended attributes that pass, both ways: `user.*`, `trusted.overlay.*` (the overlay's marks),
 //! `security.capability` and POSIX ACLs. Others are hidden when listed and refused with ENOTSUP: the daemon's
@@ -19,6 +22,8 @@ use std::time::Duration;
 
 use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode};
+
+use crate::share::UsedBy;
 
 /// "Without limit", in a form that the protocol can carry.
 pub(super) const FOREVER: Duration = Duration::from_secs(86_400);
@@ -56,6 +61,8 @@ pub struct TopPlaces {
 /// What the daemon found out before it knew the guest.
 #[derive(Debug)]
 pub struct Limits {
+    /// Whose requests to expect.
+    pub used_by: UsedBy,
     /// Descriptors that the guest may make the daemon hold in each part (layers, upper and work, volumes). The
     /// process's own limit bounds their sum; a guest at either limit gets ENFILE or EMFILE.
     pub guest_fds: u64,
@@ -73,6 +80,8 @@ pub struct Limits {
 pub(super) enum Cache {
     /// Nobody else does: remember all.
     Keep,
+    /// Nobody else does: remember all but file contents. Files cannot be mapped.
+    KeepNames,
     /// The host may: ask each time.
     Ask,
 }
@@ -87,6 +96,7 @@ pub(super) fn passthrough(
 ) -> io::Result<Config> {
     let (timeout, cache_policy) = match cache {
         Cache::Keep => (FOREVER, CachePolicy::Always),
+        Cache::KeepNames => (FOREVER, CachePolicy::Metadata),
         Cache::Ask => (Duration::ZERO, CachePolicy::Auto),
     };
     let root_dir = root.to_str().ok_or_else(|| io::Error::other("share root is not UTF-8"))?.to_owned();

@@ -35,8 +35,11 @@ use config::{Cache, FOREVER, passthrough};
 pub use config::{Limits, Places, TopPlaces};
 use names::{Area, Node, component, node_id};
 
+use super::UsedBy;
+
 /// The share root, served.
 pub struct ShareFs {
+    used_by: UsedBy,
     share: PassthroughFs,
     top: Option<Top>,
     volumes: Option<PassthroughFs>,
@@ -61,7 +64,7 @@ impl ShareFs {
     /// # Errors
     /// A place cannot be opened, or procfs is missing.
     pub fn new(places: &Places, limits: Limits) -> io::Result<Self> {
-        let Limits { guest_fds, one_filesystem, proc_self_fd, writable } = limits;
+        let Limits { used_by, guest_fds, one_filesystem, proc_self_fd, writable } = limits;
         let open = |root: &Path, cache, announce| {
             PassthroughFs::new(passthrough(root, cache, announce, guest_fds, proc_self_fd.as_ref())?)
         };
@@ -70,7 +73,7 @@ impl ShareFs {
             None => None,
             Some(top) => Some(Top {
                 // Upper and work must look to the guest like parts of one mount, so nothing is announced.
-                fs: open(&top.parent, Cache::Keep, false)?,
+                fs: open(&top.parent, contents(used_by), false)?,
                 upper: path_name(&top.upper)?,
                 work: path_name(&top.work)?,
             }),
@@ -79,7 +82,7 @@ impl ShareFs {
             None => None,
             Some(root) => Some(open(root, Cache::Ask, true)?),
         };
-        Ok(Self { share, top, volumes, writable })
+        Ok(Self { used_by, share, top, volumes, writable })
     }
 
     fn area(&self, area: Area) -> io::Result<&PassthroughFs> {
@@ -141,6 +144,14 @@ impl At<'_> {
     /// Whether the guest may remember that a name does not exist.
     fn remembers(&self) -> bool {
         self.node.area != Area::Volumes
+    }
+}
+
+/// How upper and work are remembered.
+fn contents(used_by: UsedBy) -> Cache {
+    match used_by {
+        UsedBy::Container => Cache::Keep,
+        UsedBy::Union => Cache::KeepNames,
     }
 }
 

@@ -16,7 +16,7 @@ use virtiofsd::passthrough::PassthroughFs;
 
 use super::names::{Area, Node, component};
 use super::owner::Kept;
-use super::{At, ShareFs, absent, errno};
+use super::{At, ShareFs, UsedBy, absent, errno};
 
 /// What of a guest's open flags reaches the host: how to access and to write through, nothing that makes files
 /// (`O_CREAT`, `O_TMPFILE`), delivers signals (`O_ASYNC`) or gives a descriptor of another kind (`O_PATH`).
@@ -33,6 +33,12 @@ const OPEN_FLAGS: i32 = libc::O_ACCMODE
 /// The same when a file is made.
 const CREATE_FLAGS: i32 = OPEN_FLAGS | libc::O_CREAT | libc::O_EXCL;
 
+/// An overlay opens files with it to read or write them.
+const FILE_DATA: i32 = libc::O_NOATIME;
+
+/// Folders are opened with it to be read: the kernel's `O_LARGEFILE`, which the C library's is not.
+const FOLDER_DATA: i32 = 0o100_000;
+
 fn flags_within(allowed: i32, flags: u32) -> u32 {
     flags & allowed.cast_unsigned()
 }
@@ -45,6 +51,14 @@ fn skip_flush(at: &At<'_>, flags: u32, options: OpenOptions) -> OpenOptions {
 }
 
 impl ShareFs {
+    /// Refuses to open for an ioctl that would be refused. Before it copies a file up, the guest's overlay opens it twice
+    /// to ask for its flags; that there are none is what ENOTTY means to it. It opens for data with other flags than for
+    /// that, which `data` has. Without an upper folder nothing is copied up, and files may be opened without an overlay.
+    fn refuse_ioctls(&self, flags: u32, data: i32) -> io::Result<()> {
+        let copies_up = self.used_by == UsedBy::Union && self.top.is_some();
+        if copies_up && flags_within(data, flags) == 0 { Err(errno(libc::ENOTTY)) } else { Ok(()) }
+    }
+
     /// Two nodes of one passthrough, for requests that join them.
     fn together<'a>(a: &At<'a>, b: &At<'_>) -> io::Result<&'a PassthroughFs> {
         if a.node.area == b.node.area { Ok(a.fs) } else { Err(errno(libc::EXDEV)) }
@@ -213,6 +227,7 @@ impl FileSystem for ShareFs {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions)> {
+        self.refuse_ioctls(flags, FILE_DATA)?;
         let at = self.at(inode)?;
         let flags = flags_within(OPEN_FLAGS, flags);
         let (handle, options) = at.fs.open(ctx, at.node.inode, kill_priv, flags)?;
@@ -339,6 +354,7 @@ impl FileSystem for ShareFs {
     }
 
     fn opendir(&self, ctx: Context, inode: u64, flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {
+        self.refuse_ioctls(flags, FOLDER_DATA)?;
         let at = self.at(inode)?;
         at.fs.opendir(ctx, at.node.inode, flags_within(OPEN_FLAGS, flags))
     }

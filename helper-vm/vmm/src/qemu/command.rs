@@ -230,6 +230,10 @@ const UNIONS: u32 = Place::of_union(0).device;
 /// Slots have numbers of their own, after those of the ports for a restored VM's devices.
 const FIRST_UNION_SLOT: u32 = 3;
 
+/// A request takes at most as many pages as its queue has places, less a few. With QEMU's default of 128 that is half
+/// of what FUSE can send at once, 1 MiB, which is also what overlay copies up at once.
+const UNION_QUEUE: u32 = 512;
+
 fn union_port(port: u32) -> String {
     format!("union-port-{port}")
 }
@@ -258,7 +262,8 @@ pub fn union_share(machine: Machine, port: u32) -> Value {
         Machine::Q35 => union_port(port),
         Machine::Pc => "pci.0".to_owned(),
     };
-    json!({ "driver": SHARE_DRIVER, "id": name, "chardev": name, "tag": union_tag(port), "bus": bus })
+    let tag = union_tag(port);
+    json!({ "driver": SHARE_DRIVER, "id": name, "chardev": name, "tag": tag, "bus": bus, "queue-size": UNION_QUEUE })
 }
 
 /// Arguments of the monitor's `device_add` for the vsock device of a restored VM.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, StatxFlags, XattrFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use vmctr_fileshare::share::{ShareSpec, Top};
+use vmctr_fileshare::share::{ShareSpec, Top, UsedBy};
 
 use super::options::Options;
 use super::place::Place;
@@ -196,7 +196,7 @@ impl Plan {
             upper: changes.upper.clone(),
             work: changes.work.clone(),
         });
-        ShareSpec { lowers: self.lowers.clone(), top, ..ShareSpec::new() }
+        ShareSpec { used_by: UsedBy::Union, lowers: self.lowers.clone(), top, ..ShareSpec::new() }
     }
 
     fn folders<'a>(&'a self) -> Result<Vec<Folder<'a>>, CheckError> {
