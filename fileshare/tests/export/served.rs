@@ -44,7 +44,7 @@ fn on_union(test: impl FnOnce(&Mounted, &Place) + Send) {
         let before = tree(&base);
         let lowers = vec![top, base.clone()];
         let server = Server::new(&merged).unwrap().with_layers(Layers::open(Some(&upper), &lowers).unwrap());
-        let config = Config { layers: lowers, ..Config::new(place.folder("mnt")) };
+        let config = Config { layers: lowers, upper: Some(upper), ..Config::new(place.folder("mnt")) };
         let mounted = Mounted::serve(server, config);
         test(&mounted, &place);
         mounted.unmount();

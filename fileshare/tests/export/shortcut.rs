@@ -39,7 +39,14 @@ fn within(place: &Place, merged: &Path, lower: &Path) -> Mounted {
     let lower = lower.to_owned();
     let layers = Layers::open(Some(&place.path("union/upper")), std::slice::from_ref(&lower)).unwrap();
     let server = Server::new(merged).unwrap().with_layers(layers);
-    Mounted::serve(server, Config { layers: vec![lower], ..Config::new(place.folder("mnt")) })
+    Mounted::serve(
+        server,
+        Config {
+            layers: vec![lower],
+            upper: Some(place.path("union/upper")),
+            ..Config::new(place.folder("mnt"))
+        },
+    )
 }
 
 /// Where the files can be mapped.

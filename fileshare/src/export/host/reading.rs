@@ -10,8 +10,9 @@ use super::question::{put_u64_at, u32_at, u64_at};
 use super::shared::{Shared, lock};
 use super::shortcut::HostFile;
 use super::talk::{Errno, message};
-use crate::export::wire::abi::{IN_HEADER, InHeader, MAX_DATA, OUT_HEADER, op};
+use crate::export::wire::abi::{IN_HEADER, InHeader, MAX_DATA, OUT_HEADER, flag, op};
 use crate::export::wire::codec::Put;
+use crate::export::wire::lent::UpperHint;
 
 /// How many bytes of entries come when a folder is opened: those of about four
 /// thousand files.
@@ -30,16 +31,7 @@ impl Lane {
             return self.pass(header, request);
         };
         let mut state = lock(&lazy.state);
-        if state.host.is_none() && state.guest.is_none() {
-            let since = shared.shortcut.now();
-            let own = shared.served.place(header.nodeid);
-            state.host = match own {
-                Some(place) => shared.shortcut.own(header.nodeid, &place, since),
-                None => shared.shortcut.at_hand(header.nodeid),
-            }
-            .map(Arc::new);
-        }
-        if let Some(host) = state.host.clone() {
+        if let Some(host) = lower_file(&shared, header.nodeid, &mut state) {
             drop(state);
             if self.read_here(header, request, &host) {
                 return;
@@ -76,9 +68,20 @@ impl Lane {
         request: &mut [u8],
         state: &mut State,
     ) -> Result<(), Errno> {
+        self.open_and_read_how(header, request, state, 0)
+    }
+
+    /// `how` says whether the guest may lend the file.
+    fn open_and_read_how(
+        &mut self,
+        header: &InHeader,
+        request: &mut [u8],
+        state: &mut State,
+        how: u32,
+    ) -> Result<(), Errno> {
         let (offset, size) = (u64_at(request, IN_HEADER + 8), u32_at(request, IN_HEADER + 16));
         let mut body = Vec::with_capacity(24);
-        body.u64(0).u64(offset).u32(size).u32(0);
+        body.u32(0).u32(how).u64(offset).u32(size).u32(0);
         let mut question = message(&InHeader { opcode: op::OPEN_READ, ..*header }, &body);
         let shared = self.shared();
         let now = shared.shortcut.now();
@@ -88,6 +91,14 @@ impl Lane {
         if hint.is_empty() {
             self.device.answer_body(header.unique, data);
             return Ok(());
+        }
+        if UpperHint::take(hint).is_ok() {
+            state.upper = shared.upper.open_to_read(hint);
+            return match state.upper.clone() {
+                Some(upper) => self.read_lent(header, request, &upper),
+                None if how == 0 => self.open_and_read_how(header, request, state, flag::OPEN_NOT_LENT),
+                None => Err(libc::EIO),
+            };
         }
         state.host = shared.shortcut.follow(hint, header.nodeid, now).map(Arc::new);
         let host = state.host.clone();
@@ -184,6 +195,19 @@ impl Lane {
         self.device.answer(answer);
         Ok(())
     }
+}
+
+/// The lower file behind an open one, if it is at hand.
+pub(super) fn lower_file(shared: &Shared, nodeid: u64, state: &mut State) -> Option<Arc<HostFile>> {
+    if state.host.is_none() && state.guest.is_none() {
+        let since = shared.shortcut.now();
+        state.host = match shared.served.place(nodeid) {
+            Some(place) => shared.shortcut.own(nodeid, &place, since),
+            None => shared.shortcut.at_hand(nodeid),
+        }
+        .map(Arc::new);
+    }
+    state.host.clone()
 }
 
 /// The kernel gets a listing.

@@ -81,7 +81,7 @@ pub fn restrictions(words: &[String]) -> MountAttrFlags {
     words.iter().filter_map(|word| attribute(word)).fold(usual, |all, (mask, set)| (all - mask) | set)
 }
 
-/// Whether large lower files may be read on the host.
+/// Whether lower files may be read, and upper ones read and written, on the host.
 pub fn reads_on_host(words: &[String]) -> bool {
     !words.iter().any(|word| word == NO_PASSTHROUGH)
 }
