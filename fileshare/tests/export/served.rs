@@ -12,6 +12,7 @@ use vmctr_fileshare::export::host::Config;
 use vmctr_fileshare::export::wire::abi::op;
 
 use super::rig::{Mounted, Place, assert_errno, in_private_namespace, mount_overlay};
+use super::steps::{REMEMBERED, forget};
 
 /// `base` has `dir/sub` with files in both, `top` has `other`; both have `both`.
 fn make(place: &Place) -> (PathBuf, PathBuf) {
@@ -142,7 +143,7 @@ fn a_file_stays_the_same_file_when_it_is_changed() {
         assert_eq!((before.ino(), before.dev(), after.len()), (after.ino(), after.dev(), 16));
         assert_eq!(early.metadata().unwrap().len(), 16);
         assert_eq!(fs::read(place.path("upper/dir/sub/one")).unwrap(), b"dir/sub one more");
-        fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
+        forget();
         assert_eq!(fs::metadata(&path).unwrap().len(), 16, "found again");
         assert_eq!(changed_tree(&mounted.root), changed_tree(&place.path("merged")));
     });
@@ -171,7 +172,7 @@ fn names_that_come_and_go_are_seen() {
         fs::remove_dir_all(mounted.path("other")).unwrap();
         for _ in 0..2 {
             assert_eq!(changed_tree(&mounted.root), changed_tree(&place.path("merged")));
-            fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
+            forget();
         }
     });
 }
@@ -193,7 +194,7 @@ fn a_renamed_folder_is_served_on() {
         assert_eq!(fs::read_dir(mounted.path("dir/sub")).unwrap().count(), 0);
         for _ in 0..2 {
             assert_eq!(changed_tree(&mounted.root), changed_tree(&place.path("merged")));
-            fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
+            forget();
         }
     });
 }
@@ -283,6 +284,7 @@ fn writers_movers_and_readers_at_once_see_one_tree() {
 
 #[test]
 fn nodes_that_are_open_nowhere_are_not_forgotten_for_want_of_open_files() {
+    let _kept = REMEMBERED.write();
     in_private_namespace(|| {
         let place = Place::new();
         let lower = place.folder("lower");

@@ -132,11 +132,16 @@ impl Layers {
         let upper = self.upper.as_ref()?;
         let path = place(root, node).filter(|path| !path.as_os_str().as_bytes().ends_with(GONE))?;
         let (merged, found) = (what(node).ok()?, what(look(upper, &path).ok()?).ok()?);
-        // An overlay counts the names of some files by itself: those that had several when they were copied up.
-        let same = |st: &Statx| (st.stx_mode, st.stx_nlink);
         let regular = u32::from(found.stx_mode) & libc::S_IFMT == libc::S_IFREG;
-        let same = found.stx_nlink > 0 && same(&merged) == same(&found);
-        (regular && same).then_some(Place { ino: found.stx_ino, shown: node.ino, path })
+        // Names of a file that had several when it was copied up are counted by the overlay: the upper file has one
+        // more, in the overlay's index.
+        let counted = found.stx_ino != node.ino && found.stx_nlink > 1;
+        let same = found.stx_mode == merged.stx_mode && found.stx_nlink == merged.stx_nlink;
+        (regular && same && found.stx_nlink > 0 && !counted).then_some(Place {
+            ino: found.stx_ino,
+            shown: node.ino,
+            path,
+        })
     }
 }
 

@@ -47,9 +47,8 @@ impl Lane {
             op::GETATTR => return self.attributes_lent(header),
             op::COPY_FILE_RANGE => {
                 let to = shared.upper.find(u64_at(body, 16));
-                let Some((from, to)) = self.source(header.nodeid, u64_at(body, 0)).zip(to) else {
-                    return false;
-                };
+                let Some(to) = to else { return false };
+                let Some(from) = self.source(header, u64_at(body, 0)) else { return false };
                 match from {
                     Source::Upper(from) => self.changing(header, body, || copy(&from, &to, header, body)),
                     Source::Lower(from) => match shared.shortcut.unchanged(&from) {
@@ -97,13 +96,18 @@ impl Lane {
     }
 
     /// What a copy reads from, if it is at hand.
-    fn source(&self, nodeid: u64, handle: u64) -> Option<Source> {
-        if let Some(upper) = self.upper_file(nodeid, handle) {
+    fn source(&mut self, header: &InHeader, handle: u64) -> Option<Source> {
+        if let Some(upper) = self.upper_file(header.nodeid, handle) {
             return Some(Source::Upper(upper));
         }
-        let lazy = self.talk.shared.lazies.find(handle)?;
+        let shared = self.shared();
+        let lazy = shared.lazies.find(handle)?;
         let mut state = lock(&lazy.state);
-        lower_file(&self.talk.shared, nodeid, &mut state).map(Source::Lower)
+        if lower_file(&shared, header.nodeid, &mut state).is_none() && state.guest.is_none() {
+            self.look_for(header, &mut state).ok()?;
+        }
+        let upper = state.upper.clone().map(Source::Upper);
+        upper.or_else(|| state.host.clone().map(Source::Lower))
     }
 
     fn attributes_lent(&self, header: &InHeader) -> bool {

@@ -79,10 +79,8 @@ impl Lane {
         state: &mut State,
         how: u32,
     ) -> Result<(), Errno> {
-        let (offset, size) = (u64_at(request, IN_HEADER + 8), u32_at(request, IN_HEADER + 16));
-        let mut body = Vec::with_capacity(24);
-        body.u32(0).u32(how).u64(offset).u32(size).u32(0);
-        let mut question = message(&InHeader { opcode: op::OPEN_READ, ..*header }, &body);
+        let wanted = (u64_at(request, IN_HEADER + 8), u32_at(request, IN_HEADER + 16));
+        let mut question = to_open_and_read(header, wanted, how);
         let shared = self.shared();
         let now = shared.shortcut.now();
         let answer = self.talk.ask(&mut question)?;
@@ -92,20 +90,29 @@ impl Lane {
             self.device.answer_body(header.unique, data);
             return Ok(());
         }
-        if UpperHint::take(hint).is_ok() {
-            state.upper = shared.upper.open_to_read(hint);
+        if keep_hint(&shared, header.nodeid, state, hint, now) {
             return match state.upper.clone() {
                 Some(upper) => self.read_lent(header, request, &upper),
                 None if how == 0 => self.open_and_read_how(header, request, state, flag::OPEN_NOT_LENT),
                 None => Err(libc::EIO),
             };
         }
-        state.host = shared.shortcut.follow(hint, header.nodeid, now).map(Arc::new);
         let host = state.host.clone();
         if !host.is_some_and(|host| self.read_here(header, request, &host)) {
             put_u64_at(request, IN_HEADER, state.guest.ok_or(libc::EIO)?);
             self.pass(header, request);
         }
+        Ok(())
+    }
+
+    /// Asks where a file lies that is open to be read, without reading it.
+    pub(super) fn look_for(&mut self, header: &InHeader, state: &mut State) -> Result<(), Errno> {
+        let shared = self.shared();
+        let now = shared.shortcut.now();
+        let answer = self.talk.ask(&mut to_open_and_read(header, (0, 0), 0))?;
+        state.guest = Some(u64_at(answer, OUT_HEADER)).filter(|handle| *handle != 0);
+        let (hint, _) = answer[OUT_HEADER + 16..].split_at(u32_at(answer, OUT_HEADER + 8) as usize);
+        keep_hint(&shared, header.nodeid, state, hint, now);
         Ok(())
     }
 
@@ -195,6 +202,24 @@ impl Lane {
         self.device.answer(answer);
         Ok(())
     }
+}
+
+/// Asks for `wanted`: from where, how many bytes.
+fn to_open_and_read(header: &InHeader, wanted: (u64, u32), how: u32) -> Vec<u8> {
+    let mut body = Vec::with_capacity(24);
+    body.u32(0).u32(how).u64(wanted.0).u32(wanted.1).u32(0);
+    message(&InHeader { opcode: op::OPEN_READ, ..*header }, &body)
+}
+
+/// Opens what a hint names, if it can be; whether it says that the file lies in the upper folder.
+fn keep_hint(shared: &Shared, nodeid: u64, state: &mut State, hint: &[u8], since: u64) -> bool {
+    let is_upper = UpperHint::take(hint).is_ok();
+    if is_upper {
+        state.upper = shared.upper.open_to_read(hint);
+    } else {
+        state.host = shared.shortcut.follow(hint, nodeid, since).map(Arc::new);
+    }
+    is_upper
 }
 
 /// The lower file behind an open one, if it is at hand.
