@@ -14,7 +14,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
@@ -62,6 +62,8 @@ struct Table {
 pub(super) struct Nodes {
     table: RwLock<Table>,
     twins: Option<OwnedFd>,
+    /// Counts the times that a file was looked at before it was forgotten.
+    refreshed: AtomicU64,
 }
 
 /// What a descriptor's file is like.
@@ -114,7 +116,11 @@ impl Nodes {
         let mut table = Table { last: ROOT_ID - 1, ..Table::default() };
         let st = stat(&root)?;
         table.insert(root, &st);
-        Ok(Self { table: RwLock::new(table), twins: inotify::init(CreateFlags::CLOEXEC).ok() })
+        Ok(Self {
+            table: RwLock::new(table),
+            twins: inotify::init(CreateFlags::CLOEXEC).ok(),
+            refreshed: AtomicU64::new(0),
+        })
     }
 
     pub(super) fn find(&self, id: u64) -> Result<Arc<Node>> {
@@ -123,9 +129,12 @@ impl Nodes {
 
     /// The node of a file that the host is about to be told of, and its attributes.
     pub(super) fn admit(&self, file: OwnedFd) -> Result<(Arc<Node>, Attr)> {
+        let refreshed = self.refreshed.load(Ordering::Acquire);
         let st = stat(&file)?;
         let node = self.admit_stat(file, &st);
-        let told = if node.lent.is_old() { node.attr() } else { Ok(attr(&st, node.ino)) };
+        // What was lent may have been looked at and forgotten since.
+        let changed = self.refreshed.load(Ordering::Acquire) != refreshed;
+        let told = if changed || node.lent.is_old() { node.attr() } else { Ok(attr(&st, node.ino)) };
         // The host hears of it, or it was not told.
         let attr = told.inspect_err(|_| self.forget(node.id, 1))?;
         Ok((node, attr))
@@ -184,6 +193,7 @@ impl Nodes {
         if node.lent.is_old() && node.remembered().is_ok_and(|attr| attr.nlink > 0) {
             // If it fails, it is the next one's error.
             let _ = node.attr();
+            self.refreshed.fetch_add(1, Ordering::AcqRel);
         }
     }
 
