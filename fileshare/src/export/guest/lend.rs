@@ -18,7 +18,7 @@ use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use rustix::fs::{Advice, AtFlags, FileType, Mode, OFlags, Statx, StatxFlags};
@@ -49,8 +49,12 @@ pub(super) struct Lender {
 #[derive(Debug, Default)]
 pub(super) struct Lent {
     handles: AtomicU32,
-    attributes: AtomicBool,
-    contents: AtomicBool,
+    /// How often it was given back.
+    returned: AtomicU64,
+    /// Of how many times this kernel knows what became of the attributes.
+    attributes: AtomicU64,
+    /// The same of the contents.
+    contents: AtomicU64,
 }
 
 /// A file's place.
@@ -82,15 +86,19 @@ impl Lent {
     }
 
     pub(super) fn returned(&self) {
-        // First what is old: who finds no handle finds that.
-        self.attributes.store(true, Ordering::Release);
-        self.contents.store(true, Ordering::Release);
+        // First that there is something to learn: who finds no handle finds that.
+        self.returned.fetch_add(1, Ordering::AcqRel);
         self.handles.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Whether the host has, or ever had, the file.
+    pub(super) fn ever(&self) -> bool {
+        self.handles.load(Ordering::Acquire) > 0 || self.returned.load(Ordering::Acquire) > 0
     }
 
     /// Whether the attributes that this kernel remembers may be old.
     pub(super) fn is_old(&self) -> bool {
-        self.handles.load(Ordering::Acquire) > 0 || self.attributes.load(Ordering::Acquire)
+        self.is_behind(&self.attributes)
     }
 
     /// Looks at the file by `now` if what is remembered may be old.
@@ -100,23 +108,25 @@ impl Lent {
         now: fn(&'a OwnedFd) -> Result<Statx>,
         file: &'a OwnedFd,
     ) -> Result<Statx> {
-        if self.take(&self.attributes) {
-            now(file).inspect_err(|_| self.attributes.store(true, Ordering::Release))
-        } else {
-            remembered(file)
-        }
+        if self.is_old() { self.catch_up(&self.attributes, || now(file)) } else { remembered(file) }
     }
 
     /// Has the contents forgotten if they may be old.
     pub(super) fn with_contents(&self, forget: impl FnOnce() -> Result<()>) -> Result<()> {
-        if self.take(&self.contents) {
-            return forget().inspect_err(|_| self.contents.store(true, Ordering::Release));
-        }
-        Ok(())
+        if self.is_behind(&self.contents) { self.catch_up(&self.contents, forget) } else { Ok(()) }
     }
 
-    fn take(&self, old: &AtomicBool) -> bool {
-        self.handles.load(Ordering::Acquire) > 0 || old.swap(false, Ordering::AcqRel)
+    fn is_behind(&self, known: &AtomicU64) -> bool {
+        self.handles.load(Ordering::Acquire) > 0
+            || self.returned.load(Ordering::Acquire) > known.load(Ordering::Acquire)
+    }
+
+    /// Others that come meanwhile look, too: only what was looked at to the end is known.
+    fn catch_up<T>(&self, known: &AtomicU64, look: impl FnOnce() -> Result<T>) -> Result<T> {
+        let returned = self.returned.load(Ordering::Acquire);
+        let seen = look()?;
+        known.fetch_max(returned, Ordering::AcqRel);
+        Ok(seen)
     }
 }
 
@@ -224,5 +234,47 @@ impl Server {
         answer.open(self.handles.add(handle));
         place.into_iter().for_each(|place| place.put(answer));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_lent_is_old_until_it_was_looked_at_to_the_end() {
+        let lent = Lent::default();
+        assert!(!lent.is_old() && !lent.ever());
+        lent.lend();
+        let look = || lent.catch_up(&lent.attributes, || Ok(()));
+        look().unwrap();
+        assert!(lent.is_old() && lent.ever(), "the host may still write");
+        lent.returned();
+        assert!(lent.is_old());
+        let meanwhile = || {
+            assert!(lent.is_old(), "another looks, but has not seen it yet");
+            Ok(())
+        };
+        lent.catch_up(&lent.attributes, meanwhile).unwrap();
+        assert!(!lent.is_old());
+        assert!(lent.is_behind(&lent.contents), "only the attributes were looked at");
+        let failed: Result<()> = lent.with_contents(|| Err(rustix::io::Errno::IO));
+        assert!(failed.is_err() && lent.is_behind(&lent.contents));
+        lent.with_contents(|| Ok(())).unwrap();
+        lent.with_contents(|| panic!("known already")).unwrap();
+    }
+
+    #[test]
+    fn what_is_lent_again_while_it_is_looked_at_stays_old() {
+        let lent = Lent::default();
+        lent.lend();
+        lent.returned();
+        let again = || {
+            lent.lend();
+            lent.returned();
+            Ok(())
+        };
+        lent.catch_up(&lent.attributes, again).unwrap();
+        assert!(lent.is_old());
     }
 }

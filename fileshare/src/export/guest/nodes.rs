@@ -134,7 +134,7 @@ impl Nodes {
         let node = self.admit_stat(file, &st);
         // What was lent may have been looked at and forgotten since.
         let changed = self.refreshed.load(Ordering::Acquire) != refreshed;
-        let told = if changed || node.lent.is_old() { node.attr() } else { Ok(attr(&st, node.ino)) };
+        let told = if changed || node.lent.ever() { node.attr() } else { Ok(attr(&st, node.ino)) };
         // The host hears of it, or it was not told.
         let attr = told.inspect_err(|_| self.forget(node.id, 1))?;
         Ok((node, attr))
