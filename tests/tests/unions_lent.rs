@@ -152,5 +152,6 @@ fn what_was_synced_outlives_the_vm_and_nothing_is_written_without_it() {
     File::open(union.at("upper/file")).expect("there").read_to_string(&mut text).expect("readable");
     assert!(text.starts_with("synced"), "{text}");
     drop(file);
+    eventually("it is listed as lost", PATIENCE, || union.inspect()["state"] == "lost");
     union.umount();
 }
