@@ -93,6 +93,7 @@ fn mount(side: &str, lowers: &str, place: &Path) -> Result<Union> {
 
 fn export(folder: &Path, mountpoint: &Path, upper: &Path, layers: Vec<PathBuf>) -> Result<Export> {
     let server = Server::new(folder)?.with_layers(Layers::open(Some(upper), &layers)?);
+    let upper = (!layers.is_empty()).then(|| upper.to_owned());
     let server = Arc::new(server);
     let stream = || -> Result<Stream> {
         let (ours, theirs) = Stream::pair()?;
@@ -102,7 +103,7 @@ fn export(folder: &Path, mountpoint: &Path, upper: &Path, layers: Vec<PathBuf>) 
     };
     let turns = (0..LANES).map(|_| stream()).collect::<Result<_>>()?;
     Ok(Export::start(
-        &Config { layers, ..Config::new(mountpoint.to_owned()) },
+        &Config { layers, upper, ..Config::new(mountpoint.to_owned()) },
         Streams { turns, waits: stream()? },
     )?)
 }

@@ -10,8 +10,10 @@
 //! [`wire`] is what crosses, [`guest`] the server, [`host`] the mount and the relay. The host decides what may be
 //! remembered and for how long, and believes no answer before it has looked at it.
 
+mod bytes;
 pub mod guest;
 pub mod host;
+mod privileges;
 mod stat;
 mod sys;
 pub mod wire;

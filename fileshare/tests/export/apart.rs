@@ -60,6 +60,7 @@ fn serves() {
         let layers = Layers::open(path(UPPER).as_deref(), std::slice::from_ref(&layer)).unwrap();
         server = server.with_layers(layers);
         config.layers.push(layer);
+        config.upper = path(UPPER);
     }
     let mounted = Mounted::serve(server, config);
     writeln!(std::io::stdout(), "{READY}").unwrap();

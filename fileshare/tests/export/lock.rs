@@ -25,12 +25,24 @@ fn open(path: &Path) -> File {
     File::options().read(true).write(true).open(path).unwrap()
 }
 
-fn on_mount(test: impl FnOnce(&Mounted, &Place) + Send) {
+/// Runs a test on files that are open in the guest, and on some that are lent to the host.
+fn on_mount(test: impl Fn(&Mounted, &Path) + Send + Sync) {
+    on_one(&test, |place| (Mounted::new(&place.folder("served"), &place.folder("mnt")), "served"));
+    on_one(&test, |place| {
+        let lower = place.folder("lower");
+        (Mounted::lending(place, "union", &lower), "union/merged")
+    });
+}
+
+fn on_one(
+    test: impl Fn(&Mounted, &Path) + Send + Sync,
+    mount: impl Fn(&Place) -> (Mounted, &'static str) + Send + Sync,
+) {
     in_private_namespace(|| {
         let place = Place::new();
-        let mounted = Mounted::new(&place.folder("served"), &place.folder("mnt"));
+        let (mounted, served) = mount(&place);
         fs::write(mounted.path("file"), "0123456789").unwrap();
-        test(&mounted, &place);
+        test(&mounted, &place.path(served));
         mounted.unmount();
     });
 }
@@ -79,20 +91,20 @@ fn shared_locks_become_exclusive_and_closing_any_descriptor_drops_them() {
 
 #[test]
 fn the_guest_s_own_processes_are_excluded_too() {
-    on_mount(|mounted, place| {
+    on_mount(|mounted, served| {
         let ours = open(&mounted.path("file"));
         set(&ours, libc::F_WRLCK, 0, 0).unwrap();
         as_other_process(|| {
-            assert_eq!(set(&open(&place.path("served/file")), libc::F_WRLCK, 0, 0), Err(libc::EAGAIN));
+            assert_eq!(set(&open(&served.join("file")), libc::F_WRLCK, 0, 0), Err(libc::EAGAIN));
         });
         let flocked = open(&mounted.path("file"));
         flocked.lock().unwrap();
-        assert!(open(&place.path("served/file")).try_lock().is_err());
+        assert!(open(&served.join("file")).try_lock().is_err());
         assert!(open(&mounted.path("file")).try_lock_shared().is_err());
         drop(flocked);
         // Closing is told to the guest after close(2) returned.
         let until = Instant::now() + Duration::from_secs(5);
-        while open(&place.path("served/file")).try_lock().is_err() {
+        while open(&served.join("file")).try_lock().is_err() {
             assert!(Instant::now() < until, "the lock outlives its file");
         }
     });

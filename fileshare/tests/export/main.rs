@@ -13,6 +13,8 @@ mod corpus;
 mod differential;
 mod evict;
 mod hostile;
+mod lending;
+mod lent;
 mod lock;
 mod others;
 mod overlay;

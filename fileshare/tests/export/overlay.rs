@@ -7,10 +7,20 @@ use std::path::Path;
 
 use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, XattrFlags};
 
+use vmctr_fileshare::export::host::Writes;
+
+use super::apart::Spec;
 use super::rig::{Mounted, Place, assert_errno, in_private_namespace, mount_overlay, mount_tmpfs};
 use super::sys::Shared;
 
-fn on_overlay(test: impl FnOnce(&Mounted, &Place) + Send) {
+/// Runs a test on a mount whose files are read and written in the guest, then on one where they are on the host.
+fn on_overlay(test: impl Fn(&Mounted, &Place) + Send + Sync) {
+    for lending in [false, true] {
+        on_one(lending, &test);
+    }
+}
+
+fn on_one(lending: bool, test: impl Fn(&Mounted, &Place) + Send + Sync) {
     in_private_namespace(|| {
         let place = Place::new();
         let lower = place.folder("lower");
@@ -19,7 +29,11 @@ fn on_overlay(test: impl FnOnce(&Mounted, &Place) + Send) {
         fs::write(lower.join("file"), "lower file").unwrap();
         fs::write(lower.join("link1"), "linked").unwrap();
         fs::hard_link(lower.join("link1"), lower.join("link2")).unwrap();
-        let mounted = Mounted::new(&place.overlay("union", &lower), &place.folder("mnt"));
+        let mounted = if lending {
+            Mounted::lending(&place, "union", &lower)
+        } else {
+            Mounted::new(&place.overlay("union", &lower), &place.folder("mnt"))
+        };
         test(&mounted, &place);
         mounted.unmount();
         assert_eq!(fs::read(lower.join("file")).unwrap(), b"lower file");
@@ -242,6 +256,10 @@ fn folders_of_ten_thousand_are_listed_whole() {
 
 #[test]
 fn a_full_disk_is_told_to_who_writes() {
+    [false, true].into_iter().for_each(on_a_small_disk);
+}
+
+fn on_a_small_disk(lending: bool) {
     in_private_namespace(|| {
         let place = Place::new();
         let (lower, small) = (place.folder("lower"), place.folder("small"));
@@ -250,7 +268,9 @@ fn a_full_disk_is_told_to_who_writes() {
         let (upper, work) = (place.folder("small/upper"), place.folder("small/work"));
         let merged = place.folder("merged");
         mount_overlay(&merged, &lower, &upper, &work);
-        let mounted = Mounted::new(&merged, &place.folder("mnt"));
+        let (mountpoint, writes) = (place.folder("mnt"), Writes::Through);
+        let layers = lending.then(|| (upper.clone(), lower.clone()));
+        let mounted = Mounted::apart(&Spec { folder: &merged, mountpoint: &mountpoint, writes, layers });
         let file = File::create(mounted.path("new")).unwrap();
         let mut failed = None;
         for at in 0..64 {

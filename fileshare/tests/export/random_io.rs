@@ -89,12 +89,13 @@ impl Model {
     }
 }
 
-fn run(writes: Writes) {
+fn run(writes: Writes, lending: bool) {
     in_private_namespace(|| {
         let place = Place::new();
         let lower = place.folder("lower");
         let (folder, mountpoint) = (place.overlay("union", &lower), place.folder("mnt"));
-        let spec = Spec { folder: &folder, mountpoint: &mountpoint, writes, layers: None };
+        let layers = lending.then(|| (place.path("union/upper"), lower.clone()));
+        let spec = Spec { folder: &folder, mountpoint: &mountpoint, writes, layers };
         let mounted = Mounted::apart(&spec);
         let count = std::cell::Cell::new(0);
         let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(16) };
@@ -117,10 +118,20 @@ fn run(writes: Writes) {
 
 #[test]
 fn a_file_is_what_was_written_to_it() {
-    run(Writes::Through);
+    run(Writes::Through, false);
+}
+
+#[test]
+fn a_file_is_what_was_written_to_it_on_the_host() {
+    run(Writes::Through, true);
 }
 
 #[test]
 fn a_file_is_what_was_written_to_it_when_writes_are_gathered() {
-    run(Writes::Gathered);
+    run(Writes::Gathered, false);
+}
+
+#[test]
+fn a_file_is_what_was_written_to_it_on_the_host_when_writes_are_gathered() {
+    run(Writes::Gathered, true);
 }

@@ -115,6 +115,13 @@ impl Mounted {
         Self::apart(&Spec { folder, mountpoint, writes: Writes::Through, layers: None })
     }
 
+    /// The same of an overlay over `lower`, whose upper files are lent to the host.
+    pub fn lending(place: &Place, name: &str, lower: &Path) -> Self {
+        let (folder, mountpoint) = (place.overlay(name, lower), place.folder("mnt"));
+        let layers = Some((place.path(&format!("{name}/upper")), lower.to_owned()));
+        Self::apart(&Spec { folder: &folder, mountpoint: &mountpoint, writes: Writes::Through, layers })
+    }
+
     pub fn apart(spec: &Spec<'_>) -> Self {
         let mut child = apart::start(spec);
         let _input = child.stdin.take().unwrap();

@@ -12,6 +12,7 @@ use vmctr_fileshare::export::host::Config;
 use vmctr_fileshare::export::wire::abi::op;
 
 use super::rig::{Mounted, Place, assert_errno, in_private_namespace, mount_overlay};
+use super::steps::{REMEMBERED, forget};
 
 /// `base` has `dir/sub` with files in both, `top` has `other`; both have `both`.
 fn make(place: &Place) -> (PathBuf, PathBuf) {
@@ -44,7 +45,7 @@ fn on_union(test: impl FnOnce(&Mounted, &Place) + Send) {
         let before = tree(&base);
         let lowers = vec![top, base.clone()];
         let server = Server::new(&merged).unwrap().with_layers(Layers::open(Some(&upper), &lowers).unwrap());
-        let config = Config { layers: lowers, ..Config::new(place.folder("mnt")) };
+        let config = Config { layers: lowers, upper: Some(upper), ..Config::new(place.folder("mnt")) };
         let mounted = Mounted::serve(server, config);
         test(&mounted, &place);
         mounted.unmount();
@@ -142,7 +143,7 @@ fn a_file_stays_the_same_file_when_it_is_changed() {
         assert_eq!((before.ino(), before.dev(), after.len()), (after.ino(), after.dev(), 16));
         assert_eq!(early.metadata().unwrap().len(), 16);
         assert_eq!(fs::read(place.path("upper/dir/sub/one")).unwrap(), b"dir/sub one more");
-        fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
+        forget();
         assert_eq!(fs::metadata(&path).unwrap().len(), 16, "found again");
         assert_eq!(changed_tree(&mounted.root), changed_tree(&place.path("merged")));
     });
@@ -171,7 +172,7 @@ fn names_that_come_and_go_are_seen() {
         fs::remove_dir_all(mounted.path("other")).unwrap();
         for _ in 0..2 {
             assert_eq!(changed_tree(&mounted.root), changed_tree(&place.path("merged")));
-            fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
+            forget();
         }
     });
 }
@@ -193,7 +194,7 @@ fn a_renamed_folder_is_served_on() {
         assert_eq!(fs::read_dir(mounted.path("dir/sub")).unwrap().count(), 0);
         for _ in 0..2 {
             assert_eq!(changed_tree(&mounted.root), changed_tree(&place.path("merged")));
-            fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
+            forget();
         }
     });
 }
@@ -343,6 +344,7 @@ fn a_name_that_is_taken_while_it_is_being_found_is_found_or_gone() {
 
 #[test]
 fn nodes_that_are_open_nowhere_are_not_forgotten_for_want_of_open_files() {
+    let _kept = REMEMBERED.write();
     in_private_namespace(|| {
         let place = Place::new();
         let lower = place.folder("lower");

@@ -10,6 +10,7 @@ use vmctr_fileshare::export::wire::abi::op;
 
 use super::apart::Spec;
 use super::rig::{Mounted, Place, in_private_namespace};
+use super::steps::forget;
 use super::sys::Shared;
 
 const LENGTH: usize = 8 << 20;
@@ -39,7 +40,14 @@ fn within(place: &Place, merged: &Path, lower: &Path) -> Mounted {
     let lower = lower.to_owned();
     let layers = Layers::open(Some(&place.path("union/upper")), std::slice::from_ref(&lower)).unwrap();
     let server = Server::new(merged).unwrap().with_layers(layers);
-    Mounted::serve(server, Config { layers: vec![lower], ..Config::new(place.folder("mnt")) })
+    Mounted::serve(
+        server,
+        Config {
+            layers: vec![lower],
+            upper: Some(place.path("union/upper")),
+            ..Config::new(place.folder("mnt"))
+        },
+    )
 }
 
 /// Where the files can be mapped.
@@ -88,7 +96,7 @@ fn who_reads_sees_what_others_write() {
         assert_eq!(reading.read_at(&mut bytes, 6 << 20).unwrap(), 0);
         drop(writing);
         rustix::fs::sync();
-        fs::write("/proc/sys/vm/drop_caches", "1").unwrap();
+        forget();
         reading.read_at(&mut bytes, 4 << 20).unwrap();
         assert_eq!(&bytes, b"new!");
         assert_eq!(fs::read(place.path("union/upper/dir/big")).unwrap()[4 << 20..(4 << 20) + 4], *b"new!");
@@ -124,7 +132,7 @@ fn a_file_that_was_changed_where_it_is_now_is_not_read_where_it_was() {
         fs::rename(mounted.path("dir"), mounted.path("moved")).unwrap();
         let writing = File::options().write(true).open(mounted.path("moved/big")).unwrap();
         writing.write_at(b"new!", 4 << 20).unwrap();
-        fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+        forget();
         assert_eq!(fs::read(mounted.path("moved/big")).unwrap()[4 << 20..(4 << 20) + 4], *b"new!");
     });
 }

@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::RwLock;
 
 use proptest::prelude::*;
 use rustix::fs::{AtFlags, CWD, FallocateFlags, FileType, Mode, RenameFlags, XattrFlags};
@@ -43,6 +44,16 @@ pub enum Step {
     List(usize),
     Fifo(usize),
     Punch(usize, u64),
+    /// To a file's end, wherever that is.
+    Append(usize, usize),
+    /// Written to before and after it was renamed.
+    WriteMoved(usize, usize),
+    /// Written to before and after it got another name and lost the first.
+    WriteLinked(usize, usize),
+    /// From one file to the other.
+    Copy(usize, usize, u64),
+    /// What the kernel remembers of names and files.
+    Forget,
 }
 
 /// A step, and whether the user does it.
@@ -70,6 +81,11 @@ pub fn step() -> impl Strategy<Value = (Step, bool)> {
         2 => name().prop_map(Step::List),
         1 => name().prop_map(Step::Fifo),
         1 => (name(), 0..9000u64).prop_map(|(n, at)| Step::Punch(n, at)),
+        3 => (name(), 1..9000usize).prop_map(|(n, length)| Step::Append(n, length)),
+        1 => (name(), name()).prop_map(|(from, to)| Step::WriteMoved(from, to)),
+        1 => (name(), name()).prop_map(|(from, to)| Step::WriteLinked(from, to)),
+        2 => (name(), name(), 0..9000u64).prop_map(|(from, to, at)| Step::Copy(from, to, at)),
+        1 => Just(Step::Forget),
     ];
     // One in five is a user's.
     (step, prop::bool::weighted(0.2))
@@ -149,7 +165,45 @@ pub fn act(root: &Path, step: &Step) -> io::Result<String> {
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             done(rustix::fs::fallocate(open_to_write(name)?, flags, *offset, 4096))
         }
+        Step::Append(name, length) => {
+            let mut file = File::options().append(true).open(no_fifo(at(name))?)?;
+            io::Write::write(&mut file, &vec![(*length % 251) as u8; *length]).map(|n| n.to_string())
+        }
+        Step::WriteMoved(from, to) => {
+            let file = open_to_write(from)?;
+            file.write_at(b"before", 0)?;
+            let moved = fs::rename(at(from), at(to)).map(|()| String::new());
+            file.write_at(b"after", 6)?;
+            Ok(outcome(moved) + &describe_open(&file)?)
+        }
+        Step::WriteLinked(from, to) => {
+            let file = open_to_write(from)?;
+            file.write_at(b"before", 0)?;
+            let linked = fs::hard_link(at(from), at(to)).and_then(|()| fs::remove_file(at(from)));
+            file.write_at(b"after", 6)?;
+            Ok(outcome(linked.map(|()| String::new())) + &describe_open(&file)?)
+        }
+        Step::Copy(from, to, offset) => {
+            let (from, to) = (File::open(no_fifo(at(from))?)?, open_to_write(to)?);
+            let copied =
+                rustix::fs::copy_file_range(&from, Some(&mut 100), &to, Some(&mut { *offset }), 5000)?;
+            Ok(copied.to_string())
+        }
+        // Only who may does it; the other side sees nothing of it.
+        Step::Forget => {
+            forget();
+            Ok(String::new())
+        }
     }
+}
+
+/// Whoever measures what the kernel remembers holds this.
+pub static REMEMBERED: RwLock<()> = RwLock::new(());
+
+/// Has the kernel forget files and names, where it may be told to.
+pub fn forget() {
+    let _forgetting = REMEMBERED.read();
+    let _ = fs::write("/proc/sys/vm/drop_caches", "3");
 }
 
 /// Opening a fifo would wait for its other end.
@@ -174,6 +228,12 @@ fn describe(path: &Path) -> io::Result<String> {
     let time = set(meta.mtime(), meta.mtime_nsec());
     let (size, links) = if meta.is_dir() { (0, 0) } else { (meta.len(), meta.nlink()) };
     Ok(format!("{:o} {}:{} {size} x{links} {} {time}", meta.mode(), meta.uid(), meta.gid(), meta.rdev()))
+}
+
+/// The same of a file that is open, whatever its names are.
+fn describe_open(file: &File) -> io::Result<String> {
+    let meta = file.metadata()?;
+    Ok(format!(" {} x{}", meta.len(), meta.nlink()))
 }
 
 /// The tree below `root`: what each name is, and holds.

@@ -10,7 +10,8 @@ const ALICE: u32 = 1001;
 const BOB: u32 = 1002;
 const TEAM: u32 = 2000;
 
-/// Runs a test on a kernel overlay, which proves the test, then on ours over another one.
+/// Runs a test on a kernel overlay, which proves the test, then on ours over another one, without files that are
+/// lent to the host and with them.
 fn on_both(test: impl Fn(&Path) + Send + Sync) {
     in_private_namespace(|| {
         let place = Place::new();
@@ -20,13 +21,19 @@ fn on_both(test: impl Fn(&Path) + Send + Sync) {
         fs::write(lower.join("program"), "x").unwrap();
         fs::set_permissions(lower.join("program"), Permissions::from_mode(0o6777)).unwrap();
         let kernel = place.overlay("kernel", &lower);
+        run(&kernel, &test);
         let mounted = Mounted::new(&place.overlay("ours", &lower), &place.folder("mnt"));
-        for root in [&kernel, &mounted.root] {
-            fs::set_permissions(root, Permissions::from_mode(0o755)).unwrap();
-            test(root);
-        }
+        run(&mounted.root, &test);
+        mounted.unmount();
+        let mounted = Mounted::lending(&place, "lent", &lower);
+        run(&mounted.root, &test);
         mounted.unmount();
     });
+}
+
+fn run(root: &Path, test: impl Fn(&Path)) {
+    fs::set_permissions(root, Permissions::from_mode(0o755)).unwrap();
+    test(root);
 }
 
 fn mode(path: &Path) -> u32 {

@@ -143,6 +143,15 @@ pub fn under(
     evil: impl Fn(&InHeader, &[u8]) -> Deed + Send + Sync + 'static,
     test: impl FnOnce(&Victim<'_>) + Send,
 ) {
+    under_with(None, evil, test);
+}
+
+/// The same, with a folder for changes if it has a name.
+pub fn under_with(
+    upper: Option<&str>,
+    evil: impl Fn(&InHeader, &[u8]) -> Deed + Send + Sync + 'static,
+    test: impl FnOnce(&Victim<'_>) + Send,
+) {
     in_private_namespace(|| {
         let place = Place::new();
         let root = place.folder("mnt");
@@ -164,6 +173,7 @@ pub fn under(
             patience: Duration::from_millis(1500),
             most_entries: 5000,
             layers: vec![layer],
+            upper: upper.map(|name| place.folder(name)),
             ..Config::new(root.clone())
         };
         let export = Export::start(&config, streams).unwrap();

@@ -90,7 +90,8 @@ impl Server {
             let times = Timestamps { last_access, last_modification };
             rustix::fs::utimensat(CWD, magic(&*node), &times, AtFlags::empty())?;
         }
-        answer.attr(&node.attr()?);
+        // With the change came what the file is like now.
+        answer.attr(&node.remembered()?);
         Ok(())
     }
 
@@ -98,8 +99,9 @@ impl Server {
         let size = i64::try_from(change.size).map_err(|_| Errno::FBIG)?.cast_unsigned();
         if change.has(flag::FATTR_FH) {
             let handle = self.handles.find(change.handle, node.id)?;
+            let file = handle.file(&self.room)?;
             let _clearing = caller.clearing_set_ids(change.has(flag::FATTR_KILL_SUIDGID))?;
-            return Ok(rustix::fs::ftruncate(&handle.file, size)?);
+            return Ok(rustix::fs::ftruncate(file, size)?);
         }
         let file = node.open(OFlags::WRONLY)?;
         let _clearing = caller.clearing_set_ids(change.has(flag::FATTR_KILL_SUIDGID))?;

@@ -11,7 +11,8 @@ use std::io;
 
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rustix::fs::Mode;
-use rustix::thread::{CapabilitySet, CapabilitySets};
+
+use crate::export::privileges::{self, Unprivileged};
 
 /// Who sent a request.
 #[derive(Clone, Debug, Default)]
@@ -67,29 +68,9 @@ impl Drop for ActingAs {
     }
 }
 
-/// While it lives, this thread's writes and truncations clear set-ID bits as the caller's would.
-#[must_use]
-pub(super) struct Unprivileged(CapabilitySets);
-
 impl Caller {
-    /// Gives up CAP_FSETID and root's group if `wanted`: a set-group-ID bit stays for members of the file's group.
-    /// Of the caller's groups only the first is known; members by another lose the bit.
+    /// Writes as the caller if `wanted`: see [`privileges::clearing_set_ids`].
     pub(super) fn clearing_set_ids(&self, wanted: bool) -> rustix::io::Result<Option<Unprivileged>> {
-        if !wanted {
-            return Ok(None);
-        }
-        let before = rustix::thread::capabilities(None)?;
-        let effective = before.effective & !CapabilitySet::FSETID;
-        rustix::thread::set_capabilities(None, CapabilitySets { effective, ..before })?;
-        setfsgid(Gid::from_raw(self.gid));
-        Ok(Some(Unprivileged(before)))
-    }
-}
-
-impl Drop for Unprivileged {
-    fn drop(&mut self) {
-        setfsgid(Gid::from_raw(0));
-        // Raising what is still permitted cannot fail.
-        let _ = rustix::thread::set_capabilities(None, self.0);
+        wanted.then(|| privileges::clearing_set_ids(self.gid)).transpose()
     }
 }

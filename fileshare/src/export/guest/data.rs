@@ -1,15 +1,16 @@
 //! What is in files.
 
-use std::io::IoSlice;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::handles::Handle;
+use super::lend::forget_contents;
 use super::message::{Answer, Request};
 use super::nodes::{Node, stat};
 use super::server::{Failure, Server};
+use crate::export::bytes::{copy_length, read_at, write_at};
 use crate::export::wire::abi::{MAX_DATA, flag};
 use crate::export::wire::codec::Put;
 
@@ -22,19 +23,32 @@ impl Server {
         body.end()?;
         let handle = self.handles.find(handle, request.header.nodeid)?;
         let size = size.min(MAX_DATA) as usize;
-        let done = read_at(&handle.file, answer.room(size), offset)?;
+        let done = read_at(handle.file(&self.room)?, answer.room(size), offset)?;
         answer.shorten(size - done);
         Ok(())
     }
 
     pub(super) fn open_read(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
         let body = &mut request.body;
-        let _flags = body.u64()?;
+        let (_flags, how) = (body.u32()?, body.u32()?);
         let (offset, size) = (body.u64()?, body.u32()?);
         body.u32()?;
         body.end()?;
         let node = self.nodes.find(request.header.nodeid)?;
+        if how & flag::OPEN_NOT_LENT == 0
+            && let Some(place) = self.place(&node)
+        {
+            answer.u64(0).u64(0);
+            let before = answer.body_len();
+            place.put(answer);
+            answer.patch_u64(8, (answer.body_len() - before) as u64);
+            return Ok(());
+        }
         let file = self.room.with(|| node.open(OFlags::RDONLY))?;
+        if how & flag::OPEN_NOT_LENT != 0 {
+            forget_contents(&file)?;
+        }
+        node.lent.with_contents(|| forget_contents(&file))?;
         let size = size.min(MAX_DATA) as usize;
         answer.u64(0).u64(0);
         // With a hint go no data: the host has them at hand.
@@ -77,10 +91,12 @@ impl Server {
         let data = body.bytes(size as usize)?;
         body.end()?;
         let handle = self.handles.find(handle, request.header.nodeid)?;
+        let file = handle.file(&self.room)?;
         let _clearing = request.caller.clearing_set_ids(write_flags & flag::WRITE_KILL_SUIDGID != 0)?;
         // What comes from the host's cache has its place already; else the end is where it is now.
         let append = open_flags.contains(OFlags::APPEND) && write_flags & flag::WRITE_CACHE == 0;
-        let written = write_at(&handle.file, data, offset, append)?;
+        let how = if append { ReadWriteFlags::APPEND } else { ReadWriteFlags::empty() };
+        let written = write_at(file, data, offset, how)?;
         answer.u32(written).u32(0);
         Ok(())
     }
@@ -92,7 +108,7 @@ impl Server {
         let handle = self.handles.find(handle, request.header.nodeid)?;
         let data_only = flags & flag::FSYNC_FDATASYNC != 0;
         let sync = if data_only { rustix::fs::fdatasync } else { rustix::fs::fsync };
-        Ok(sync(&handle.file)?)
+        Ok(sync(handle.file(&self.room)?)?)
     }
 
     pub(super) fn syncfs(&self, request: &mut Request<'_>) -> Result<(), Failure> {
@@ -107,9 +123,10 @@ impl Server {
         body.u32()?;
         body.end()?;
         let handle = self.handles.find(handle, request.header.nodeid)?;
+        let file = handle.file(&self.room)?;
         // The message cannot say whether the caller may keep set-ID bits: root may.
         let _clearing = request.caller.clearing_set_ids(!request.caller.is_root())?;
-        Ok(rustix::fs::fallocate(&handle.file, FallocateFlags::from_bits_retain(mode), offset, length)?)
+        Ok(rustix::fs::fallocate(file, FallocateFlags::from_bits_retain(mode), offset, length)?)
     }
 
     pub(super) fn lseek(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
@@ -123,7 +140,7 @@ impl Server {
             libc::SEEK_HOLE => SeekFrom::Hole(offset),
             _ => return Err(Errno::INVAL.into()),
         };
-        answer.u64(rustix::fs::seek(&handle.file, to)?);
+        answer.u64(rustix::fs::seek(handle.file(&self.room)?, to)?);
         Ok(())
     }
 
@@ -142,16 +159,13 @@ impl Server {
         }
         let from = self.handles.find(handle, request.header.nodeid)?;
         let to = self.handles.find(out_handle, out_node)?;
+        let (from, to) = (from.file(&self.room)?, to.file(&self.room)?);
         let _clearing = request.caller.clearing_set_ids(!request.caller.is_root())?;
-        // The answer has 32 bits, and one request should not hold a thread for minutes.
-        let length = length.min(u64::from(MAX_DATA) * 64) as usize;
-        let copied = rustix::fs::copy_file_range(
-            &from.file,
-            Some(&mut offset),
-            &to.file,
-            Some(&mut out_offset),
-            length,
-        )?;
+        let length = copy_length(length);
+        let (begin, out_begin) = (offset, out_offset);
+        let copied = rustix::fs::copy_file_range(from, Some(&mut offset), to, Some(&mut out_offset), length)?;
+        // An overlay looks for the end where it was before the host wrote.
+        let copied = if copied == 0 { copy_by_hand(from, begin, to, out_begin, length)? } else { copied };
         answer.u32(copied as u32).u32(0);
         Ok(())
     }
@@ -162,36 +176,15 @@ fn is_all(file: &OwnedFd, offset: u64, done: usize, size: usize) -> rustix::io::
     Ok(done < size || offset.saturating_add(done as u64) >= stat(file)?.stx_size)
 }
 
-/// Reads until `into` is full or the file ends; tells how much there was.
-fn read_at(file: &OwnedFd, into: &mut [u8], offset: u64) -> rustix::io::Result<usize> {
-    let mut done = 0;
-    while done < into.len() {
-        let at = offset.checked_add(done as u64).ok_or(Errno::INVAL)?;
-        match rustix::io::pread(file, &mut into[done..], at)? {
-            0 => break,
-            count => done += count,
-        }
-    }
-    Ok(done)
-}
-
-/// Writes all of `data`, or as much as there is room for.
-fn write_at(file: &OwnedFd, data: &[u8], offset: u64, append: bool) -> rustix::io::Result<u32> {
-    let mut done = 0;
-    while done < data.len() {
-        let at = offset.checked_add(done as u64).ok_or(Errno::FBIG)?;
-        let rest = &data[done..];
-        let wrote = if append {
-            rustix::io::pwritev2(file, &[IoSlice::new(rest)], at, ReadWriteFlags::APPEND)
-        } else {
-            rustix::io::pwrite(file, rest, at)
-        };
-        match wrote {
-            Ok(0) => break,
-            Ok(count) => done += count,
-            Err(errno) if done == 0 => return Err(errno),
-            Err(_) => break,
-        }
-    }
-    Ok(done as u32)
+/// Copies some of a file, as long as there is any.
+fn copy_by_hand(
+    from: &OwnedFd,
+    offset: u64,
+    to: &OwnedFd,
+    out_offset: u64,
+    length: usize,
+) -> rustix::io::Result<usize> {
+    let mut data = vec![0; length.min(MAX_DATA as usize)];
+    let there = read_at(from, &mut data, offset)?;
+    Ok(write_at(to, &data[..there], out_offset, ReadWriteFlags::empty())? as usize)
 }

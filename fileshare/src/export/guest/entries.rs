@@ -11,19 +11,17 @@ use rustix::io::Errno;
 
 use super::caller::Caller;
 use super::handles::Handle;
+use super::lend::forget_contents;
 use super::message::{Answer, Request};
 use super::nodes::{Node, magic};
 use super::server::{Failure, Server};
 use crate::export::stat::device;
-use crate::export::wire::abi::{Attr, CAPABILITIES, NO_CAPABILITIES, flag};
+use crate::export::wire::abi::{Attr, CAPABILITIES, NO_CAPABILITIES, PATH_MAX, flag};
 use crate::export::wire::codec::Put;
 
 /// What of the caller's open(2) flags is done here. Appending is told by each write, direct transfers need
 /// aligned memory that a message does not have, and access times are the guest's.
 const PASSED: OFlags = OFlags::RWMODE.union(OFlags::SYNC).union(OFlags::DSYNC);
-
-/// The longest target of a symbolic link.
-const PATH_MAX: usize = 4096;
 
 impl Server {
     pub(super) fn lookup(&self, request: &mut Request<'_>, answer: &mut Answer) -> Result<(), Failure> {
@@ -155,7 +153,10 @@ impl Server {
         let name = request.body.name()?;
         request.body.end()?;
         let parent = self.nodes.find(request.header.nodeid)?;
-        rustix::fs::unlinkat(&*parent, name, flags)?;
+        {
+            let _moving = self.lender.moving();
+            rustix::fs::unlinkat(&*parent, name, flags)?;
+        }
         parent.attr()?.put(answer);
         Ok(())
     }
@@ -172,7 +173,10 @@ impl Server {
         let (old, new) = (request.body.name()?, request.body.name()?);
         request.body.end()?;
         let from = self.nodes.find(request.header.nodeid)?;
-        rustix::fs::renameat_with(&*from, old, &*to, new, flags)?;
+        {
+            let _moving = self.lender.moving();
+            rustix::fs::renameat_with(&*from, old, &*to, new, flags)?;
+        }
         to.attr()?.put(answer);
         from.attr()?.put(answer);
         Ok(())
@@ -183,6 +187,13 @@ impl Server {
         request.body.end()?;
         let node = self.nodes.find(request.header.nodeid)?;
         let writes = is_writable(OFlags::from_bits_retain(flags));
+        if writes && self.lender.is_on() {
+            let (handle, place) = self.open_to_lend(&request.caller, &node, (flags, open_flags))?;
+            let bare = place.is_none() && has_no_capabilities(&node);
+            answer.u64(handle).u32(0).u32(if bare { NO_CAPABILITIES } else { 0 });
+            place.into_iter().for_each(|place| place.put(answer));
+            return Ok(());
+        }
         let handle = self.open_node(&request.caller, Arc::clone(&node), (flags, open_flags))?;
         let bare = writes && has_no_capabilities(&node);
         answer.u64(handle).u32(0).u32(if bare { NO_CAPABILITIES } else { 0 });
@@ -196,16 +207,29 @@ impl Server {
         (flags, open_flags): (u32, u32),
     ) -> Result<u64, Failure> {
         let asked = OFlags::from_bits_retain(flags);
+        let file = self.open_file(caller, &node, (asked, open_flags))?;
+        if self.lender.is_on() {
+            forget_contents(&file)?;
+        }
+        Ok(self.handles.add(Handle::new(node, file, is_writable(asked))))
+    }
+
+    pub(super) fn open_file(
+        &self,
+        caller: &Caller,
+        node: &Node,
+        (asked, open_flags): (OFlags, u32),
+    ) -> rustix::io::Result<OwnedFd> {
         let file = self.room.with(|| node.open(self.passed(asked)))?;
         if asked.contains(OFlags::TRUNC) {
             let _clearing = caller.clearing_set_ids(open_flags & flag::OPEN_KILL_SUIDGID != 0)?;
             rustix::fs::ftruncate(&file, 0)?;
         }
-        Ok(self.handles.add(Handle::new(node, file, is_writable(asked))))
+        Ok(file)
     }
 
     /// With a write-back cache, the host's kernel reads what it needs to fill a page that is being written.
-    fn passed(&self, asked: OFlags) -> OFlags {
+    pub(super) fn passed(&self, asked: OFlags) -> OFlags {
         let flags = asked & PASSED;
         // Who opens to read may cut the file, too.
         if asked.contains(OFlags::TRUNC) && flags & OFlags::RWMODE == OFlags::RDONLY {
@@ -226,8 +250,15 @@ impl Server {
         let parent = self.nodes.find(request.header.nodeid)?;
         let asked = OFlags::from_bits_retain(flags);
         let how = (self.passed(asked) | OFlags::CREATE | OFlags::EXCL, mode, umask);
-        match self.room.with(|| make_file(&request.caller, &parent, name, how)) {
-            Ok(file) => self.answer_opened(file, asked, answer)?,
+        let made = if self.lender.is_on() {
+            self.make_to_lend(&request.caller, &parent, name, (asked, mode, umask), answer)
+        } else {
+            self.room
+                .with(|| make_file(&request.caller, &parent, name, how))
+                .and_then(|file| self.answer_opened(file, asked, answer))
+        };
+        match made {
+            Ok(()) => {}
             // Somebody else was first: then it is an open.
             Err(Errno::EXIST) if !asked.contains(OFlags::EXCL) => {
                 let (node, attr) = self.look(&parent, name)?;
@@ -252,11 +283,11 @@ impl Server {
         // Without O_EXCL, so that it can be linked.
         let how = (self.passed(asked) | OFlags::TMPFILE, mode, umask);
         let file = make_file(&request.caller, &parent, c".", how)?;
-        self.answer_opened(file, asked, answer)
+        Ok(self.answer_opened(file, asked, answer)?)
     }
 
     /// Tells the host of a file that was just made, through the very descriptor that made it.
-    fn answer_opened(&self, file: OwnedFd, asked: OFlags, answer: &mut Answer) -> Result<(), Failure> {
+    fn answer_opened(&self, file: OwnedFd, asked: OFlags, answer: &mut Answer) -> rustix::io::Result<()> {
         let path_only = rustix::fs::open(magic(&file), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         let (node, attr) = self.nodes.admit(path_only)?;
         answer.entry(node.id, attr);
@@ -284,6 +315,6 @@ fn has_no_capabilities(node: &Node) -> bool {
     bare
 }
 
-fn is_writable(flags: OFlags) -> bool {
+pub(super) fn is_writable(flags: OFlags) -> bool {
     flags & OFlags::RWMODE != OFlags::RDONLY
 }

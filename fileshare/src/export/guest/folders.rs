@@ -4,6 +4,7 @@
 //! three. Which nodes the host was told of that way is for the host to count, and to forget when its kernel does
 //! not ask for them.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::{MutexGuard, PoisonError};
 
@@ -82,12 +83,13 @@ impl Server {
         answer: &mut Answer,
     ) -> rustix::io::Result<Rest> {
         let mut position = handle.position.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = handle.file(&self.room)?;
         let limit = answer.body_len() + size;
         let mut buffer = Vec::with_capacity(BATCH);
         let mut next = offset;
         loop {
-            seek(handle, &mut position, next)?;
-            let mut entries = RawDir::new(&handle.file, buffer.spare_capacity_mut());
+            seek(file, &mut position, next)?;
+            let mut entries = RawDir::new(file, buffer.spare_capacity_mut());
             let mut any = false;
             while let Some(entry) = entries.next() {
                 let entry = entry?;
@@ -150,10 +152,10 @@ fn put_hints(hints: Hints<'_>, answer: &mut Answer) -> usize {
     path.len()
 }
 
-fn seek(handle: &Handle, position: &mut MutexGuard<'_, u64>, to: u64) -> rustix::io::Result<()> {
+fn seek(file: &OwnedFd, position: &mut MutexGuard<'_, u64>, to: u64) -> rustix::io::Result<()> {
     if **position != to {
         let to = i64::try_from(to).map_err(|_| Errno::INVAL)?.cast_unsigned();
-        rustix::fs::seek(&handle.file, SeekFrom::Start(to))?;
+        rustix::fs::seek(file, SeekFrom::Start(to))?;
         **position = to;
     }
     Ok(())

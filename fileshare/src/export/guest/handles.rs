@@ -1,21 +1,30 @@
 //! Open files and folders, by the number that the host holds.
 //!
 //! Invariant: a handle answers only for the node that it was opened for.
+//!
+//! A file that is lent to the host is open here only when something has to be done here after all.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
+use rustix::fs::OFlags;
 use rustix::io::{Errno, Result};
 
+use super::lend::forget_contents;
 use super::nodes::Node;
+use super::room::Room;
 
 /// An open file or folder.
 #[derive(Debug)]
 pub(super) struct Handle {
     pub(super) node: Arc<Node>,
-    pub(super) file: OwnedFd,
+    file: OnceLock<OwnedFd>,
+    /// What it is opened with.
+    flags: OFlags,
+    /// Whether the host may write to the file by itself while this is open.
+    lent: bool,
     /// Whether it was opened for writing.
     pub(super) writable: bool,
     /// Where the folder's next entry is read; held while reading.
@@ -24,7 +33,34 @@ pub(super) struct Handle {
 
 impl Handle {
     pub(super) fn new(node: Arc<Node>, file: OwnedFd, writable: bool) -> Self {
-        Self { node, file, writable, position: Mutex::new(0) }
+        let (file, flags) = (OnceLock::from(file), OFlags::empty());
+        Self { node, file, flags, lent: false, writable, position: Mutex::new(0) }
+    }
+
+    /// Of a file that is lent to be written to, open or to be opened with `flags`.
+    pub(super) fn lent(node: Arc<Node>, file: Option<OwnedFd>, flags: OFlags) -> Self {
+        node.lent.lend();
+        let file = file.map(OnceLock::from).unwrap_or_default();
+        Self { node, file, flags, lent: true, writable: true, position: Mutex::new(0) }
+    }
+
+    /// The open file, of which this kernel remembers nothing that the host has changed.
+    pub(super) fn file(&self, room: &Room) -> Result<&OwnedFd> {
+        if let Some(file) = self.file.get() {
+            self.node.lent.with_contents(|| forget_contents(file))?;
+            return Ok(file);
+        }
+        let file = room.with(|| self.node.open(self.flags))?;
+        forget_contents(&file)?;
+        // Two at once: one of theirs is closed again.
+        Ok(self.file.get_or_init(|| file))
+    }
+
+    /// The host has closed it.
+    pub(super) fn closed(&self) {
+        if self.lent {
+            self.node.lent.returned();
+        }
     }
 }
 

@@ -24,7 +24,7 @@ const MOST: usize = 64;
 /// The folders that an overlay is made of.
 #[derive(Debug)]
 pub struct Layers {
-    upper: Option<OwnedFd>,
+    pub(super) upper: Option<OwnedFd>,
     lowers: Vec<OwnedFd>,
 }
 
@@ -112,13 +112,13 @@ impl Layers {
     }
 }
 
-fn place(root: &OwnedFd, node: &Node) -> Option<PathBuf> {
+pub(super) fn place(root: &OwnedFd, node: &Node) -> Option<PathBuf> {
     let root = std::fs::read_link(magic(root)).ok()?;
     let path = std::fs::read_link(magic(node)).ok()?;
     Some(path.strip_prefix(root).ok()?.to_owned())
 }
 
-fn look(folder: &OwnedFd, path: &Path) -> rustix::io::Result<OwnedFd> {
+pub(super) fn look(folder: &OwnedFd, path: &Path) -> rustix::io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
     rustix::fs::openat2(folder, path, flags, Mode::empty(), resolve)

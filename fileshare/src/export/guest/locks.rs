@@ -122,7 +122,7 @@ impl Server {
     pub(super) fn lock(&self, wish: &Wish) -> rustix::io::Result<()> {
         let handle = self.handles.find(wish.handle, wish.node)?;
         if wish.flock {
-            flock(&handle, wish)?;
+            flock(handle.file(&self.room)?, wish)?;
         } else {
             self.locks.owner(wish, &handle)?.set(wish, &handle)?;
         }
@@ -144,13 +144,13 @@ impl Server {
     }
 }
 
-fn flock(handle: &Handle, wish: &Wish) -> rustix::io::Result<()> {
+fn flock(file: &OwnedFd, wish: &Wish) -> rustix::io::Result<()> {
     let operation = match wish.kind.cast_signed() {
         libc::F_RDLCK => FlockOperation::NonBlockingLockShared,
         libc::F_WRLCK => FlockOperation::NonBlockingLockExclusive,
         _ => FlockOperation::Unlock,
     };
-    rustix::fs::flock(&handle.file, operation)
+    rustix::fs::flock(file, operation)
 }
 
 impl Locks {

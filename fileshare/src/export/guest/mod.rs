@@ -5,6 +5,7 @@
 //!                             ├─ folders  listing, with nodes and attributes of all entries
 //!                             ├─ data     read, write, sync, holes, copies
 //!                             ├─ attrs    attributes, extended ones, the file system's
+//!                             ├─ lend     files of the upper folder, for the host to read and write by itself
 //!                             └─ locks    flock and fcntl ── waits   those that have to wait
 //!                                │
 //!                 gate  lets changes wait while a container stands still
@@ -32,6 +33,7 @@ mod found;
 mod gate;
 mod handles;
 mod layers;
+mod lend;
 mod locks;
 mod message;
 mod nodes;

@@ -14,13 +14,14 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::fs::{AtFlags, Statx, StatxFlags};
 use rustix::io::{Errno, Result};
 
+use super::lend::Lent;
 use crate::export::stat::attr;
 use crate::export::wire::abi::{Attr, ROOT_ID};
 
@@ -34,10 +35,12 @@ pub(super) struct Node {
     path_only: OwnedFd,
     key: Key,
     /// What the host sees as the inode number. Overlay may change its own at copy-up.
-    ino: u64,
+    pub(super) ino: u64,
     kind: u32,
     /// Whether it is known to have no capabilities, and so to keep none from being written to.
     pub(super) bare: AtomicBool,
+    /// Whether the host changes it.
+    pub(super) lent: Lent,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -59,12 +62,20 @@ struct Table {
 pub(super) struct Nodes {
     table: RwLock<Table>,
     twins: Option<OwnedFd>,
+    /// Counts the times that a file was looked at before it was forgotten.
+    refreshed: AtomicU64,
 }
 
 /// What a descriptor's file is like.
 pub(super) fn stat(file: impl AsFd) -> Result<Statx> {
     let wanted = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
     rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, wanted)
+}
+
+/// The same, from whose disk it lies on.
+pub(super) fn stat_now(file: impl AsFd) -> Result<Statx> {
+    let wanted = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
+    rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_FORCE_SYNC, wanted)
 }
 
 /// The path that leads to a descriptor's file and to no other, whatever its names are.
@@ -74,6 +85,12 @@ pub(super) fn magic(file: impl AsFd) -> String {
 
 impl Node {
     pub(super) fn attr(&self) -> Result<Attr> {
+        let st = self.lent.with_attributes(stat, stat_now, &self.path_only)?;
+        Ok(attr(&st, self.ino))
+    }
+
+    /// The attributes that this kernel remembers.
+    pub(super) fn remembered(&self) -> Result<Attr> {
         Ok(attr(&stat(&self.path_only)?, self.ino))
     }
 
@@ -99,7 +116,11 @@ impl Nodes {
         let mut table = Table { last: ROOT_ID - 1, ..Table::default() };
         let st = stat(&root)?;
         table.insert(root, &st);
-        Ok(Self { table: RwLock::new(table), twins: inotify::init(CreateFlags::CLOEXEC).ok() })
+        Ok(Self {
+            table: RwLock::new(table),
+            twins: inotify::init(CreateFlags::CLOEXEC).ok(),
+            refreshed: AtomicU64::new(0),
+        })
     }
 
     pub(super) fn find(&self, id: u64) -> Result<Arc<Node>> {
@@ -108,9 +129,14 @@ impl Nodes {
 
     /// The node of a file that the host is about to be told of, and its attributes.
     pub(super) fn admit(&self, file: OwnedFd) -> Result<(Arc<Node>, Attr)> {
+        let refreshed = self.refreshed.load(Ordering::Acquire);
         let st = stat(&file)?;
         let node = self.admit_stat(file, &st);
-        let attr = attr(&st, node.ino);
+        // What was lent may have been looked at and forgotten since.
+        let changed = self.refreshed.load(Ordering::Acquire) != refreshed;
+        let told = if changed || node.lent.ever() { node.attr() } else { Ok(attr(&st, node.ino)) };
+        // The host hears of it, or it was not told.
+        let attr = told.inspect_err(|_| self.forget(node.id, 1))?;
         Ok((node, attr))
     }
 
@@ -155,9 +181,20 @@ impl Nodes {
 
     /// The host forgot `count` of the times that it was told.
     pub(super) fn forget(&self, id: u64, count: u64) {
+        self.refresh(id);
         // Closing the descriptor can take long: after the lock.
         let gone = self.write().forget(id, count);
         drop(gone);
+    }
+
+    /// Learns what the host has done to a file that may be about to go, for who finds it next.
+    fn refresh(&self, id: u64) {
+        let Ok(node) = self.find(id) else { return };
+        if node.lent.is_old() && node.remembered().is_ok_and(|attr| attr.nlink > 0) {
+            // If it fails, it is the next one's error.
+            let _ = node.attr();
+            self.refreshed.fetch_add(1, Ordering::AcqRel);
+        }
     }
 
     #[cfg(test)]
@@ -185,6 +222,7 @@ impl Table {
             ino: st.stx_ino,
             kind: kind(st),
             bare: AtomicBool::new(false),
+            lent: Lent::default(),
         });
         self.by_id.insert(id, (Arc::clone(&node), 1));
         self.by_key.entry(key).or_default().push(id);

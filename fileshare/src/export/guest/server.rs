@@ -14,6 +14,7 @@ use super::found::Found;
 use super::gate::Gate;
 use super::handles::Handles;
 use super::layers::Layers;
+use super::lend::Lender;
 use super::locks::{Locks, Wish};
 use super::message::{Answer, Request};
 use super::nodes::Nodes;
@@ -44,7 +45,8 @@ const FEATURES: u64 = feature::ASYNC_READ
     | feature::SETXATTR_EXT
     | feature::INIT_EXT
     | feature::CREATE_SUPP_GROUP
-    | feature::PASSTHROUGH;
+    | feature::PASSTHROUGH
+    | feature::LEND;
 
 /// A folder, served. Its lanes share nodes, handles and locks.
 #[derive(Debug)]
@@ -55,6 +57,7 @@ pub struct Server {
     pub(super) waits: Waits,
     pub(super) root: OwnedFd,
     pub(super) layers: Option<Layers>,
+    pub(super) lender: Lender,
     gate: Arc<Gate>,
     pub(super) room: Room,
     writeback: AtomicBool,
@@ -114,6 +117,7 @@ impl Server {
             waits: Waits::default(),
             root: open(OFlags::RDONLY)?,
             layers: None,
+            lender: Lender::default(),
             gate: Arc::default(),
             room: Room::default(),
             writeback: AtomicBool::new(false),
@@ -148,6 +152,7 @@ impl Server {
         own_thread().map_err(ServeError::Thread)?;
         let agreed = hello.welcome(&stream, FEATURES).map_err(ServeError::Hello)?;
         self.writeback.store(agreed & feature::WRITEBACK_CACHE != 0, Ordering::Relaxed);
+        self.lender.agree(agreed & feature::LEND != 0);
         let ended = match hello.lane {
             Lane::Turns => self.take_turns(&stream),
             Lane::Waits => self.let_wait(stream),
@@ -316,7 +321,8 @@ impl Server {
     fn release(&self, request: &mut Request<'_>) -> Result<(), Failure> {
         let handle = request.body.u64()?;
         let closed = self.handles.remove(handle, request.header.nodeid);
-        if closed.is_some() {
+        if let Some(closed) = closed {
+            closed.closed();
             drop(closed);
             self.waits.something_changed();
         }

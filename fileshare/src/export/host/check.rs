@@ -11,19 +11,17 @@ use std::time::Duration;
 use super::config::{Cache, Config};
 use super::question::{Question, put_u64_at};
 use crate::export::wire::abi::{
-    ATTR, ATTR_OUT, Attr, DIRENT, ENTRY_OUT, Entry, LISTED, NAME_MAX, NO_CAPABILITIES, OPEN_OUT, OUT_HEADER,
-    OWN_NODES, OutHeader, ROOT_ID, dirent_len, folders_after, op,
+    ATTR, ATTR_OUT, Attr, DIRENT, ENTRY_OUT, Entry, LISTED, NAME_MAX, NO_CAPABILITIES, OUT_HEADER, OWN_NODES,
+    OutHeader, PATH_MAX, ROOT_ID, dirent_len, folders_after, op,
 };
 use crate::export::wire::codec::{Malformed, Put, Take, check_name};
+use crate::export::wire::lent::UpperHint;
 
 /// Errors of system calls are below: `EHWPOISON` is the last.
 const LAST_ERRNO: i32 = 133;
 
 /// The longest extended attribute, or list of their names.
 const XATTR_MAX: u32 = 65_536;
-
-/// The longest target of a symbolic link.
-const PATH_MAX: usize = 4096;
 
 /// The longest hint where a file's bytes are.
 const HINT_MAX: usize = 24 + PATH_MAX;
@@ -116,8 +114,9 @@ fn check_body(question: &Question, body: &mut [u8], remember: Remember) -> Resul
         op::LINK => entry(body, ENTRY_OUT, None, false, remember),
         op::MKNOD => entry(body, ENTRY_OUT, Some(question.size as u32 & libc::S_IFMT), false, remember),
         op::CREATE | op::TMPFILE => {
-            entry(body, ENTRY_OUT + OPEN_OUT, Some(libc::S_IFREG), false, remember)?;
-            opened(&body[ENTRY_OUT..])
+            let (made, opening) = body.split_at_mut(body.len().min(ENTRY_OUT));
+            entry(made, ENTRY_OUT, Some(libc::S_IFREG), false, remember)?;
+            opened(opening)
         }
         op::GETATTR | op::SETATTR => attributes(body, remember),
         op::OPEN => opened(body),
@@ -262,10 +261,13 @@ pub(super) fn check_attr(attr: &Attr) -> Result<(), Malformed> {
     }
 }
 
+/// An open file, and where it lies if it is lent.
 fn opened(body: &[u8]) -> Result<(), Malformed> {
-    exactly(body, OPEN_OUT)?;
     let mut take = Take::new(body);
     let (handle, flags, bare) = (take.u64()?, take.u32()?, take.u32()?);
+    if !take.rest().is_empty() {
+        UpperHint::take(take.rest())?;
+    }
     match () {
         () if flags != 0 || bare & !NO_CAPABILITIES != 0 => Err(Malformed("an open file with flags")),
         () if handle == 0 || handle >= HANDLES => Err(Malformed("a handle that is none")),

@@ -24,6 +24,9 @@ pub struct Config {
     /// The host's folders that are the lower layers, from the top, in the order of the guest's. Large files that
     /// lie there are read there. Empty: all is read through the guest. Only with [`Cache::Alone`].
     pub layers: Vec<PathBuf>,
+    /// The host's folder that changes land in. What files of it hold is read and written there. `None`: through the
+    /// guest. Only with [`Cache::Alone`], and if nobody else changes the folder.
+    pub upper: Option<PathBuf>,
     /// How long the guest may take to answer a request before it is given up for lost. Locks may take longer.
     pub patience: Duration,
     /// Which of the guest's exports is mounted.
@@ -72,6 +75,7 @@ impl Config {
             cache: Cache::Alone,
             writes: Writes::Through,
             layers: Vec::new(),
+            upper: None,
             patience: Duration::from_secs(120),
             export: 0,
             most_nodes: most_nodes(),

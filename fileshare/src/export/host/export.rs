@@ -24,6 +24,7 @@ use super::mount::{Apart, Cut, MountError};
 use super::served::Served;
 use super::shared::{Lost, OpenFlags, Shared};
 use super::shortcut::Shortcut;
+use super::upper::Upper;
 use crate::export::wire::abi::{MAX_MESSAGE, feature, flag, name, op};
 use crate::export::wire::hello::{Hello, HelloError, Lane as Kind, VERSION};
 use crate::export::wire::stream::Stream;
@@ -56,8 +57,10 @@ pub struct Export {
 pub struct Figures {
     /// Requests that the guest was asked and that somebody waited for, by their names.
     pub requests: BTreeMap<&'static str, u64>,
-    /// Reads that were answered from a lower file on the host.
+    /// Reads that were answered from a file on the host.
     pub host_reads: u64,
+    /// Writes that were done on an upper file on the host.
+    pub host_writes: u64,
     /// How many files and folders the kernel knows.
     pub nodes: u64,
 }
@@ -71,6 +74,9 @@ pub enum StartError {
     /// A layer's folder is missing.
     #[error("Cannot open a lower layer's folder")]
     Layers(#[source] io::Error),
+    /// The upper folder is missing.
+    #[error("Cannot open the upper folder")]
+    Upper(#[source] io::Error),
     /// A stream is no stream.
     #[error("Cannot use a stream to the guest")]
     Stream(#[source] io::Error),
@@ -95,7 +101,7 @@ pub enum StartError {
 #[derive(Debug, thiserror::Error)]
 pub enum SyncError {
     /// It said no.
-    #[error("The guest could not write everything to disk")]
+    #[error("Not everything could be written to disk")]
     Failed(#[source] io::Error),
     /// It said nothing.
     #[error("The guest did not say in time whether everything is on disk")]
@@ -111,10 +117,11 @@ impl Export {
         check_config(config, &streams)?;
         let shortcut = Shortcut::open(&config.layers).map_err(StartError::Layers)?;
         let served = Served::new(Beneath::open(&config.layers).map_err(StartError::Layers)?);
+        let upper = Upper::open(config.upper.as_deref()).map_err(StartError::Upper)?;
         let features = greet(config, &streams)?;
         let apart = Apart::make(config).map_err(StartError::Mount)?;
         let features = init(&apart.device, features)?;
-        let shared = Arc::new(Shared::new(config, open_flags(config), (shortcut, served), streams));
+        let shared = Arc::new(Shared::new(config, open_flags(config), (shortcut, served, upper), streams));
         tracing::debug!(
             features = format!("{features:#x}"),
             lanes = shared.lanes.len(),
@@ -144,7 +151,9 @@ impl Export {
     pub fn figures(&self) -> Figures {
         let requests = self.turns().into_iter().map(|(opcode, count)| (name(opcode), count));
         let nodes = self.shared.told.count();
-        Figures { requests: requests.collect(), host_reads: self.shared.shortcut.reads(), nodes }
+        let (reads, host_writes) = self.shared.upper.figures();
+        let host_reads = self.shared.shortcut.reads() + reads;
+        Figures { requests: requests.collect(), host_reads, host_writes, nodes }
     }
 
     /// Waits until the mount is gone.
@@ -175,7 +184,8 @@ impl Export {
     /// It could not, or did not answer in time.
     pub fn sync(&self) -> Result<(), SyncError> {
         match self.shared.waits.sync(&self.shared).recv_timeout(self.shared.patience) {
-            Ok(0) => Ok(()),
+            // What was written here was, by the guest, only made and named.
+            Ok(0) => self.shared.upper.sync().map_err(SyncError::Failed),
             Ok(errno) => Err(SyncError::Failed(io::Error::from_raw_os_error(errno))),
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Err(SyncError::Silent),
         }
@@ -198,8 +208,8 @@ fn check_config(config: &Config, streams: &Streams) -> Result<(), StartError> {
         (Writes::Gathered, Cache::For(_)) => {
             Err(StartError::Config("Writes can be gathered only where nobody else changes the files"))
         }
-        (_, Cache::For(_)) if !config.layers.is_empty() => {
-            Err(StartError::Config("Files can be read in the layers only where nobody else changes them"))
+        (_, Cache::For(_)) if !config.layers.is_empty() || config.upper.is_some() => {
+            Err(StartError::Config("Files can be used in their folders only where nobody else changes them"))
         }
         _ => Ok(()),
     }

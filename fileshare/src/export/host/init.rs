@@ -73,7 +73,8 @@ pub(super) fn asked(config: &Config) -> u64 {
         Writes::Through => 0,
         Writes::Gathered => feature::WRITEBACK_CACHE,
     };
-    WANTED | cache | writes
+    let lend = if config.upper.is_some() { feature::LEND } else { 0 };
+    WANTED | cache | writes | lend
 }
 
 impl Offer {

@@ -20,7 +20,7 @@ use super::shared::Shared;
 use super::talk::{Errno, Talk, message};
 use crate::export::wire::abi::{
     ATTR, CAPABILITIES, ENTRY_OUT, IN_HEADER, InHeader, MAX_MESSAGE, NAME_MAX, NO_CAPABILITIES, NODEID,
-    OUT_HEADER, flag, folders_after, op,
+    OPEN_OUT, OUT_HEADER, flag, folders_after, op,
 };
 use crate::export::wire::codec::{Put, Take};
 
@@ -51,6 +51,7 @@ impl Lane {
 
     /// Relays until the mount is gone.
     pub(super) fn run(mut self) {
+        self.talk.shared.upper.prepare_thread();
         let mut buffer = vec![0; MAX_MESSAGE];
         loop {
             let length = match self.device.next(&mut buffer) {
@@ -67,7 +68,7 @@ impl Lane {
         if header.opcode == op::OPEN && self.talk.shared.attrs.is_none() {
             self.device.forget_attributes(header.nodeid);
         }
-        if self.answer_own(&header, message) {
+        if self.answer_own(&header, message) || self.answer_lent(&header, message) {
             return;
         }
         let result = match header.opcode {
@@ -105,7 +106,7 @@ impl Lane {
         }
     }
 
-    fn ask_guest(&mut self, header: &InHeader, message: &mut [u8]) -> Result<(), Errno> {
+    pub(super) fn ask_guest(&mut self, header: &InHeader, message: &mut [u8]) -> Result<(), Errno> {
         self.note_lock(header, message);
         self.put_handles(header, message)?;
         let shared = self.shared();
@@ -120,19 +121,32 @@ impl Lane {
         let answer = self.talk.ask(message);
         note(message);
         let (answer, folders) = part(header.opcode, answer?);
+        let (answer, hint) = part_hint(header.opcode, answer);
         keep_folders(&shared, header, &message[IN_HEADER..], folders, before.map(Moment::after_change));
         match header.opcode {
             op::LOOKUP => keep_entry(&shared, answer, before),
             op::MKDIR => note_made(&shared, u64_at(answer, OUT_HEADER)),
             op::GETATTR => shared.keep_attr(header.nodeid, &answer[OUT_HEADER + 16..], before),
             op::OPEN => {
-                if u32_at(answer, OUT_HEADER + 12) == NO_CAPABILITIES {
+                let lent = !hint.is_empty();
+                if lent && !shared.upper.lend(header.nodeid, u64_at(answer, OUT_HEADER), hint) {
+                    let handle = u64_at(answer, OUT_HEADER);
+                    return self.open_unlent(header, message, handle);
+                }
+                if u32_at(answer, OUT_HEADER + 12) == NO_CAPABILITIES
+                    || lent && shared.upper.is_bare(header.nodeid)
+                {
                     note_bare(&shared, header.nodeid);
                 }
                 put_flags(answer, OUT_HEADER, shared.flags.file);
             }
             op::CREATE | op::TMPFILE => {
-                note_bare(&shared, u64_at(answer, OUT_HEADER));
+                let node = u64_at(answer, OUT_HEADER);
+                note_bare(&shared, node);
+                if !hint.is_empty() {
+                    // Else it is written through the guest.
+                    shared.upper.lend(node, u64_at(answer, OUT_HEADER + ENTRY_OUT), hint);
+                }
                 put_flags(answer, OUT_HEADER + ENTRY_OUT, shared.flags.file);
             }
             _ => {}
@@ -224,6 +238,8 @@ impl Lane {
     fn release(&mut self, message: &mut [u8]) -> Result<(), Errno> {
         let shared = self.shared();
         let handle = u64_at(&message[IN_HEADER..], 0);
+        // Before the guest hears of it: it believes then what it sees of the file.
+        shared.upper.release(u64_at(message, NODEID), handle);
         let mut guest = Some(handle);
         if let Some(lazy) = shared.lazies.remove(handle) {
             let mut state = super::shared::lock(&lazy.state);
@@ -283,6 +299,19 @@ fn part(opcode: u32, answer: &mut [u8]) -> (&mut [u8], &[u8]) {
     let (answer, folders) = answer.split_at_mut(length);
     answer[..4].copy_from_slice(&(length as u32).to_le_bytes());
     (answer, folders)
+}
+
+/// Parts an answer from the hint where a file lies that was opened or made.
+fn part_hint(opcode: u32, answer: &mut [u8]) -> (&mut [u8], &[u8]) {
+    let kernels = match opcode {
+        op::OPEN => OUT_HEADER + OPEN_OUT,
+        op::CREATE | op::TMPFILE => OUT_HEADER + ENTRY_OUT + OPEN_OUT,
+        _ => answer.len(),
+    };
+    let length = kernels.min(answer.len());
+    let (answer, hint) = answer.split_at_mut(length);
+    answer[..4].copy_from_slice(&(length as u32).to_le_bytes());
+    (answer, hint)
 }
 
 /// Keeps the attributes of folders that a request changed. They hold if it was the only change: if since the guest

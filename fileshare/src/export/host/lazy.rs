@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex};
 use super::check::{HANDLES, entries};
 use super::shared::lock;
 use super::shortcut::HostFile;
+use super::upper::UpperFile;
 
 /// What all listings together may hold.
 const MOST_AHEAD: usize = 32 << 20;
@@ -42,6 +43,8 @@ pub(super) struct State {
     pub(super) guest: Option<u64>,
     /// The file itself, where it can be read here.
     pub(super) host: Option<Arc<HostFile>>,
+    /// The same of a file that lies in the upper folder.
+    pub(super) upper: Option<Arc<UpperFile>>,
     /// What was listed and not yet taken.
     pub(super) ahead: Option<Ahead>,
     /// It is listed on the host, and so to its end.

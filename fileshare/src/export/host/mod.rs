@@ -3,6 +3,7 @@
 //! ```text
 //!   kernel ─ device ─ lane ─┬─ lazy, reading   what need not cross, or crosses joined with the next
 //!                           ├─ own ─ served    folders of one lower layer, read by the host
+//!                           ├─ lent ─ upper    files of the upper folder, read and written by the host
 //!                           ├─ talk ═ stream   question ... answer ─ check ─> kernel
 //!                           │   └─ bind        nodes of the host's own that a question is about
 //!                           └─ waits ═ stream  locks that are waited for
@@ -29,6 +30,7 @@ mod init;
 mod known;
 mod lane;
 mod lazy;
+mod lent;
 mod mount;
 mod own;
 mod pipe;
@@ -39,6 +41,7 @@ mod settle;
 mod shared;
 mod shortcut;
 mod talk;
+mod upper;
 mod waits;
 
 pub use check::{Remember, check};

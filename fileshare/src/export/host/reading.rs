@@ -10,8 +10,9 @@ use super::question::{put_u64_at, u32_at, u64_at};
 use super::shared::{Shared, lock};
 use super::shortcut::HostFile;
 use super::talk::{Errno, message};
-use crate::export::wire::abi::{IN_HEADER, InHeader, MAX_DATA, OUT_HEADER, op};
+use crate::export::wire::abi::{IN_HEADER, InHeader, MAX_DATA, OUT_HEADER, flag, op};
 use crate::export::wire::codec::Put;
+use crate::export::wire::lent::UpperHint;
 
 /// How many bytes of entries come when a folder is opened: those of about four
 /// thousand files.
@@ -30,16 +31,7 @@ impl Lane {
             return self.pass(header, request);
         };
         let mut state = lock(&lazy.state);
-        if state.host.is_none() && state.guest.is_none() {
-            let since = shared.shortcut.now();
-            let own = shared.served.place(header.nodeid);
-            state.host = match own {
-                Some(place) => shared.shortcut.own(header.nodeid, &place, since),
-                None => shared.shortcut.at_hand(header.nodeid),
-            }
-            .map(Arc::new);
-        }
-        if let Some(host) = state.host.clone() {
+        if let Some(host) = lower_file(&shared, header.nodeid, &mut state) {
             drop(state);
             if self.read_here(header, request, &host) {
                 return;
@@ -79,10 +71,19 @@ impl Lane {
         request: &mut [u8],
         state: &mut State,
     ) -> Result<(), Errno> {
-        let (offset, size) = (u64_at(request, IN_HEADER + 8), u32_at(request, IN_HEADER + 16));
-        let mut body = Vec::with_capacity(24);
-        body.u64(0).u64(offset).u32(size).u32(0);
-        let mut question = message(&InHeader { opcode: op::OPEN_READ, ..*header }, &body);
+        self.open_and_read_how(header, request, state, 0)
+    }
+
+    /// `how` says whether the guest may lend the file.
+    fn open_and_read_how(
+        &mut self,
+        header: &InHeader,
+        request: &mut [u8],
+        state: &mut State,
+        how: u32,
+    ) -> Result<(), Errno> {
+        let wanted = (u64_at(request, IN_HEADER + 8), u32_at(request, IN_HEADER + 16));
+        let mut question = to_open_and_read(header, wanted, how);
         let shared = self.shared();
         let now = shared.shortcut.now();
         let answer = self.talk.ask(&mut question)?;
@@ -92,12 +93,29 @@ impl Lane {
             self.device.answer_body(header.unique, data);
             return Ok(());
         }
-        state.host = shared.shortcut.follow(hint, header.nodeid, now).map(Arc::new);
+        if keep_hint(&shared, header.nodeid, state, hint, now) {
+            return match state.upper.clone() {
+                Some(upper) => self.read_lent(header, request, &upper),
+                None if how == 0 => self.open_and_read_how(header, request, state, flag::OPEN_NOT_LENT),
+                None => Err(libc::EIO),
+            };
+        }
         let host = state.host.clone();
         if !host.is_some_and(|host| self.read_here(header, request, &host)) {
             put_u64_at(request, IN_HEADER, state.guest.ok_or(libc::EIO)?);
             self.pass(header, request);
         }
+        Ok(())
+    }
+
+    /// Asks where a file lies that is open to be read, without reading it.
+    pub(super) fn look_for(&mut self, header: &InHeader, state: &mut State) -> Result<(), Errno> {
+        let shared = self.shared();
+        let now = shared.shortcut.now();
+        let answer = self.talk.ask(&mut to_open_and_read(header, (0, 0), 0))?;
+        state.guest = Some(u64_at(answer, OUT_HEADER)).filter(|handle| *handle != 0);
+        let (hint, _) = answer[OUT_HEADER + 16..].split_at(u32_at(answer, OUT_HEADER + 8) as usize);
+        keep_hint(&shared, header.nodeid, state, hint, now);
         Ok(())
     }
 
@@ -187,6 +205,37 @@ impl Lane {
         self.device.answer(answer);
         Ok(())
     }
+}
+
+/// Asks for `wanted`: from where, how many bytes.
+fn to_open_and_read(header: &InHeader, wanted: (u64, u32), how: u32) -> Vec<u8> {
+    let mut body = Vec::with_capacity(24);
+    body.u32(0).u32(how).u64(wanted.0).u32(wanted.1).u32(0);
+    message(&InHeader { opcode: op::OPEN_READ, ..*header }, &body)
+}
+
+/// Opens what a hint names, if it can be; whether it says that the file lies in the upper folder.
+fn keep_hint(shared: &Shared, nodeid: u64, state: &mut State, hint: &[u8], since: u64) -> bool {
+    let is_upper = UpperHint::take(hint).is_ok();
+    if is_upper {
+        state.upper = shared.upper.open_to_read(hint);
+    } else {
+        state.host = shared.shortcut.follow(hint, nodeid, since).map(Arc::new);
+    }
+    is_upper
+}
+
+/// The lower file behind an open one, if it is at hand.
+pub(super) fn lower_file(shared: &Shared, nodeid: u64, state: &mut State) -> Option<Arc<HostFile>> {
+    if state.host.is_none() && state.guest.is_none() {
+        let since = shared.shortcut.now();
+        state.host = match shared.served.place(nodeid) {
+            Some(place) => shared.shortcut.own(nodeid, &place, since),
+            None => shared.shortcut.at_hand(nodeid),
+        }
+        .map(Arc::new);
+    }
+    state.host.clone()
 }
 
 /// The kernel gets a listing.

@@ -15,6 +15,7 @@ use super::lazy::Lazies;
 use super::question::{names_taken, u64_at};
 use super::served::Served;
 use super::shortcut::Shortcut;
+use super::upper::Upper;
 use super::waits::Waits;
 use crate::export::wire::abi::{IN_HEADER, InHeader, node_places, op};
 use crate::export::wire::stream::Stream;
@@ -38,6 +39,7 @@ pub(super) struct Shared {
     pub(super) told: Told,
     pub(super) shortcut: Shortcut,
     pub(super) served: Served,
+    pub(super) upper: Upper,
     pub(super) waits: Waits,
     pub(super) complaints: Complaints,
     pub(super) lanes: Vec<Turn>,
@@ -93,7 +95,7 @@ impl Shared {
     pub(super) fn new(
         config: &Config,
         flags: OpenFlags,
-        (shortcut, served): (Shortcut, Served),
+        (shortcut, served, upper): (Shortcut, Served, Upper),
         streams: Streams,
     ) -> Self {
         Self {
@@ -108,6 +110,7 @@ impl Shared {
             told: Told::new(config.most_nodes),
             shortcut,
             served,
+            upper,
             waits: Waits::new(streams.waits),
             complaints: Complaints::default(),
             lanes: streams.turns.into_iter().map(Turn::new).collect(),

@@ -242,6 +242,11 @@ impl Shortcut {
         Some(done)
     }
 
+    /// The file itself, unless it may have been changed.
+    pub(super) fn unchanged<'a>(&self, host: &'a HostFile) -> Option<&'a OwnedFd> {
+        (!self.clock.is_changed(host.nodeid, host.since)).then_some(&host.file)
+    }
+
     /// How often something was read here.
     pub(super) fn reads(&self) -> u64 {
         self.reads.load(Ordering::Relaxed)

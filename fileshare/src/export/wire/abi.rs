@@ -52,9 +52,9 @@ pub mod op {
     pub const COPY_FILE_RANGE: u32 = 47;
     pub const SYNCFS: u32 = 50;
     pub const TMPFILE: u32 = 51;
-    /// Ours: open for reading and read. `flags:u32 0:u32 offset:u64 size:u32 0:u32`, answered by
+    /// Ours: open for reading and read. `flags:u32 how:u32 offset:u64 size:u32 0:u32`, answered by
     /// `handle:u64 hint:u32 0:u32`, a hint of so many bytes, and data. The handle is 0 when the data reaches the
-    /// file's end: nothing stays open.
+    /// file's end, or the file is lent: nothing stays open.
     pub const OPEN_READ: u32 = 0x8001;
     /// Ours: open a folder and list it. `size:u32 0:u32`, answered by `handle:u64 whole:u32 entries:u32 path:u32
     /// 0:u32`, so many bytes of entries as READDIRPLUS has them, so many of the folder's path in the layers, and
@@ -119,6 +119,8 @@ pub mod feature {
     pub const INIT_EXT: u64 = 1 << 30;
     pub const CREATE_SUPP_GROUP: u64 = 1 << 34;
     pub const PASSTHROUGH: u64 = 1 << 37;
+    /// Ours: files of the upper folder are lent to the host.
+    pub const LEND: u64 = 1 << 63;
 }
 
 /// Flags inside messages.
@@ -128,6 +130,8 @@ pub mod flag {
     pub const FOPEN_CACHE_DIR: u32 = 1 << 3;
     pub const FOPEN_PASSTHROUGH: u32 = 1 << 7;
     pub const OPEN_KILL_SUIDGID: u32 = 1 << 0;
+    /// Ours, in OPEN and OPEN_READ: the host cannot use the file by itself.
+    pub const OPEN_NOT_LENT: u32 = 1 << 31;
     pub const GETATTR_FH: u32 = 1 << 0;
     pub const FATTR_MODE: u32 = 1 << 0;
     pub const FATTR_UID: u32 = 1 << 1;
@@ -196,6 +200,9 @@ pub const ROOT_ID: u64 = 1;
 
 /// The most data that one READ or WRITE carries.
 pub const MAX_DATA: u32 = 1 << 20;
+
+/// The longest path, and the longest target of a symbolic link.
+pub const PATH_MAX: usize = 4096;
 
 /// The longest message: data, its header and its struct. The kernel wants a page for those two.
 pub const MAX_MESSAGE: usize = MAX_DATA as usize + 4096;

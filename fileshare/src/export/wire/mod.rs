@@ -11,7 +11,7 @@
 //! the guest and back without waking another, and the memory in use is a buffer per thread. Requests that may
 //! wait without limit (SETLKW) go over one more stream, where answers come in any order.
 //!
-//! Six things differ from what the kernel sends and wants:
+//! Seven things differ from what the kernel sends and wants:
 //! 1. Releases are not answered ([`abi::is_silent`]).
 //! 2. Answers carry no times to remember entries and attributes, no flags for open files: the host decides.
 //! 3. Opening for reading and opening a folder are joined with the first reading of them ([`abi::op::OPEN_READ`],
@@ -20,8 +20,11 @@
 //! 5. With a folder that lies in one lower layer only comes where ([`abi::PURE`]).
 //! 6. Nodes that the host gave the kernel by itself are found in one request ([`abi::op::FIND`]) before anything else
 //!    is asked of them. What is asked may follow at once and name them by their place in it ([`abi::FOUND`]).
+//! 7. Where both sides agree ([`abi::feature::LEND`]), a file that is opened or made may come with its place in the
+//!    upper folder ([`lent`]).
 
 pub mod abi;
 pub mod codec;
 pub mod hello;
+pub mod lent;
 pub mod stream;

@@ -150,6 +150,7 @@ fn text(view: &View) -> String {
         ("lost", or_dash(view.lost.as_ref())),
         ("asked the VM", view.relay.turns.to_string()),
         ("read on the host", view.relay.host_reads.to_string()),
+        ("written on the host", view.relay.host_writes.to_string()),
         ("log", view.log.display().to_string()),
         ("clean-up", or_dash(view.clean_up.as_ref())),
     ])

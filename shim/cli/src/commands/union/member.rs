@@ -219,8 +219,10 @@ fn mount_config(plan: &Plan, port: u32) -> MountConfig {
     if plan.top.is_none() {
         restrictions |= MountAttrFlags::MOUNT_ATTR_RDONLY;
     }
-    let layers = if options::reads_on_host(&plan.options) { plan.lowers.clone() } else { vec![] };
-    MountConfig { restrictions, layers, export: port, ..MountConfig::new(plan.mountpoint.clone()) }
+    let on_host = options::reads_on_host(&plan.options);
+    let layers = if on_host { plan.lowers.clone() } else { vec![] };
+    let upper = plan.top.as_ref().filter(|_| on_host).map(|top| top.upper.clone());
+    MountConfig { restrictions, layers, upper, export: port, ..MountConfig::new(plan.mountpoint.clone()) }
 }
 
 async fn start_daemon(config: &Config, plan: &Plan, run_dir: &RunDir) -> anyhow::Result<Fsd> {

@@ -84,7 +84,7 @@ fn usual() -> MountAttrFlags {
     MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV
 }
 
-/// Whether large lower files may be read on the host.
+/// Whether lower files may be read, and upper ones read and written, on the host.
 pub fn reads_on_host(words: &[String]) -> bool {
     !words.iter().any(|word| word == NO_PASSTHROUGH)
 }

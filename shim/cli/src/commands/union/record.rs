@@ -53,8 +53,8 @@ pub struct Mount {
     pub lost: Option<String>,
 }
 
-/// What a union's relay has done so far: requests that somebody waited for the VM to answer, and reads of lower
-/// files on the host.
+/// What a union's relay has done so far: requests that somebody waited for the VM to answer, and what was read
+/// and written on the host.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Relay {
     /// Requests that the VM was asked, in all.
@@ -63,16 +63,19 @@ pub struct Relay {
     pub requests: BTreeMap<String, u64>,
     /// Reads that it was not asked.
     pub host_reads: u64,
+    /// Writes that it was not asked.
+    #[serde(default)]
+    pub host_writes: u64,
     /// Files and folders that the host's kernel knows of it.
     #[serde(default)]
     pub nodes: u64,
 }
 
 impl From<Figures> for Relay {
-    fn from(Figures { requests, host_reads, nodes }: Figures) -> Self {
+    fn from(Figures { requests, host_reads, host_writes, nodes }: Figures) -> Self {
         let turns = requests.values().sum();
         let requests = requests.into_iter().map(|(name, count)| (name.to_owned(), count)).collect();
-        Self { turns, requests, host_reads, nodes }
+        Self { turns, requests, host_reads, host_writes, nodes }
     }
 }
 
