@@ -62,7 +62,7 @@ pub mod op {
     /// a folder lies in whole, from 1. `whole` is 1 when no more entries follow.
     pub const OPENDIR_READ: u32 = 0x8002;
     /// Ours: look up names one below the other, each of which a NUL ends. Answered by an entry for each, or an error.
-    /// The next request may mean these nodes by their place among the names ([`super::FOUND`](super::FOUND)).
+    /// The next request may mean these nodes by their place among the names ([`super::FOUND`]).
     pub const FIND: u32 = 0x8003;
 }
 
