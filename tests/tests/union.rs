@@ -301,8 +301,8 @@ fn when_the_host_process_is_killed_what_is_left_is_listed_and_cleared() {
     signal(pid, Signal::SIGKILL);
     eventually("the union fails", SOON, || fs::read_dir(place.at("mnt")).is_err());
     eventually("the VM is gone", PATIENCE, || !proc::is_alive(qemu));
+    eventually("it is listed as dead", PATIENCE, || place.list()[0]["state"] == "dead");
     let left = place.list();
-    assert_eq!(left[0]["state"], "dead");
     let command = left[0]["clean_up"].as_str().expect("a command");
     assert!(command.starts_with("vmctr union umount /"), "{command}");
     let again = place.try_mount(&place.options(), "mnt");

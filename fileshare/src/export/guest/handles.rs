@@ -46,11 +46,18 @@ impl Handle {
 
     /// The open file, of which this kernel remembers nothing that the host has changed.
     pub(super) fn file(&self, room: &Room) -> Result<&OwnedFd> {
+        let file = self.file_to_lock(room)?;
+        self.node.lent.with_contents(|| forget_contents(file))?;
+        Ok(file)
+    }
+
+    /// The open file, for what asks for nothing of its contents.
+    pub(super) fn file_to_lock(&self, room: &Room) -> Result<&OwnedFd> {
         if let Some(file) = self.file.get() {
-            self.node.lent.with_contents(|| forget_contents(file))?;
             return Ok(file);
         }
         let file = room.with(|| self.node.open(self.flags))?;
+        // What was lent may have been forgotten, and found again.
         forget_contents(&file)?;
         // Two at once: one of theirs is closed again.
         Ok(self.file.get_or_init(|| file))

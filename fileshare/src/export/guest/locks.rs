@@ -122,7 +122,7 @@ impl Server {
     pub(super) fn lock(&self, wish: &Wish) -> rustix::io::Result<()> {
         let handle = self.handles.find(wish.handle, wish.node)?;
         if wish.flock {
-            flock(handle.file(&self.room)?, wish)?;
+            flock(handle.file_to_lock(&self.room)?, wish)?;
         } else {
             self.locks.owner(wish, &handle)?.set(wish, &handle)?;
         }

@@ -94,6 +94,12 @@ impl Node {
         Ok(attr(&stat(&self.path_only)?, self.ino))
     }
 
+    /// How many names it has, as far as this kernel remembers.
+    pub(super) fn names(&self) -> Result<u32> {
+        let remembered = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        Ok(rustix::fs::statx(&self.path_only, c"", remembered, StatxFlags::NLINK)?.stx_nlink)
+    }
+
     /// Opens the file itself. Devices, fifos and sockets stay shut: opening has effects there.
     pub(super) fn open(&self, flags: rustix::fs::OFlags) -> Result<OwnedFd> {
         if !matches!(self.kind, libc::S_IFREG | libc::S_IFDIR) {
@@ -190,7 +196,7 @@ impl Nodes {
     /// Learns what the host has done to a file that may be about to go, for who finds it next.
     fn refresh(&self, id: u64) {
         let Ok(node) = self.find(id) else { return };
-        if node.lent.is_old() && node.remembered().is_ok_and(|attr| attr.nlink > 0) {
+        if node.lent.is_old() && node.names().is_ok_and(|names| names > 0) {
             // If it fails, it is the next one's error.
             let _ = node.attr();
             self.refreshed.fetch_add(1, Ordering::AcqRel);

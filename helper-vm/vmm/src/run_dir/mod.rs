@@ -329,7 +329,7 @@ mod tests {
         dir.meta_mut().processes[0] = HostProcess::of_live(Role::Shim, other.id()).unwrap();
         dir.meta_mut().write(dir.path()).unwrap();
         let message = RunDir::create(root.path(), owner()).unwrap_err().to_string();
-        assert!(message.contains("running container web"), "{message}");
+        assert!(message.contains("belongs to web"), "{message}");
         other.kill().unwrap();
         other.wait().unwrap();
         RunDir::create(root.path(), owner()).unwrap();
