@@ -154,7 +154,8 @@ fn no_descriptor_leads_out() {
     let fsd = rig.start(&rig.spec()).unwrap();
     for entry in fs::read_dir(format!("/proc/{}/fd", server_of(&fsd))).unwrap() {
         let entry = entry.unwrap();
-        let target = fs::read_link(entry.path()).unwrap();
+        // One that it has closed since leads nowhere.
+        let Ok(target) = fs::read_link(entry.path()) else { continue };
         let target = target.to_string_lossy();
         let name = entry.file_name();
         let inside = ["/", "/share", "/top", "/vol", "/vol/0", "/1/fd"].contains(&&*target)

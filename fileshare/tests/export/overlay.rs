@@ -10,7 +10,9 @@ use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, XattrFlags};
 use vmctr_fileshare::export::host::Writes;
 
 use super::apart::Spec;
-use super::rig::{Mounted, Place, assert_errno, in_private_namespace, mount_overlay, mount_tmpfs};
+use super::rig::{
+    Mounted, Place, assert_errno, eventually, in_private_namespace, mount_overlay, mount_tmpfs,
+};
 use super::sys::Shared;
 
 /// Runs a test on a mount whose files are read and written in the guest, then on one where they are on the host.
@@ -283,7 +285,8 @@ fn on_a_small_disk(lending: bool) {
         assert_errno(File::options().write(true).open(mounted.path("big")), libc::ENOSPC);
         drop(file);
         fs::remove_file(mounted.path("new")).unwrap();
-        fs::write(mounted.path("new"), [1; 65536]).unwrap();
+        // close(2) does not wait until the file, and its space, is let go.
+        eventually("room", || fs::write(mounted.path("new"), [1; 65536]).is_ok());
         mounted.unmount();
         rustix::mount::unmount(&merged, rustix::mount::UnmountFlags::DETACH).unwrap();
         rustix::mount::unmount(&small, rustix::mount::UnmountFlags::DETACH).unwrap();

@@ -236,9 +236,14 @@ pub fn assert_errno<T>(result: std::io::Result<T>, errno: i32) {
 
 /// Waits until the kernel knows fewer files than so many.
 pub fn eventually_fewer(mounted: &Mounted, most: u64) {
+    eventually("fewer files", || mounted.export().figures().nodes < most);
+}
+
+/// Waits until it is so.
+pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     let until = Instant::now() + Duration::from_secs(10);
-    while mounted.export().figures().nodes >= most {
-        assert!(Instant::now() < until, "{:?}", mounted.export().figures());
+    while !is_so() {
+        assert!(Instant::now() < until, "no {what} after 10 s");
         std::thread::sleep(Duration::from_millis(20));
     }
 }

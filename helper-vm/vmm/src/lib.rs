@@ -13,6 +13,8 @@ pub mod binaries;
 pub mod config;
 mod console;
 mod error_chain;
+#[cfg(test)]
+mod fake;
 mod guest_files;
 pub mod jail;
 mod lines;

@@ -255,7 +255,7 @@ async fn a_template_of_another_qemu_is_not_found() {
     let rig = Rig::new();
     let maker = maker(&rig);
     let other = rig.root.path().join("qemu-system-x86_64");
-    fs::copy(maker.qemu.path(), &other).unwrap();
+    common::copy_program(maker.qemu.path(), &other);
     let other = Qemu::at(&other).unwrap();
     assert_eq!(other.version(), maker.qemu.version());
     let key = |qemu: &Qemu| Key::of(&maker.spec, &maker.assets, qemu, maker.accelerator).unwrap();

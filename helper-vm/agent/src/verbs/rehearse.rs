@@ -100,16 +100,26 @@ fn remove_layer() -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::process::Command;
+    use std::io::Write;
+    use std::process::{Command, Stdio};
 
     use super::*;
+
+    /// By a process of its own: a program that this one wrote may still be open for writing in a child that another
+    /// test has just forked, and cannot be run then.
+    fn put_program(path: &Path) {
+        let mut install = Command::new("install");
+        let mut child =
+            install.args(["-m", "755", "/dev/stdin"]).arg(path).stdin(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(&PROGRAM).unwrap();
+        assert!(child.wait().unwrap().success());
+    }
 
     #[test]
     fn the_program_exits_with_zero() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("program");
-        fs::write(&path, PROGRAM).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        put_program(&path);
         assert_eq!(Command::new(&path).status().unwrap().code(), Some(0));
     }
 

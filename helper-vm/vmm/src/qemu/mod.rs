@@ -206,9 +206,8 @@ impl fmt::Display for QemuVersion {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
+    use crate::fake::put_script;
 
     fn version(major: u32, minor: u32, micro: u32) -> QemuVersion {
         QemuVersion { major, minor, micro }
@@ -231,8 +230,7 @@ mod tests {
     fn fake(answer: &str) -> Result<Qemu, QemuError> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("qemu");
-        fs::write(&path, format!("#!/bin/sh\necho '{answer}'\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        put_script(&path, &format!("#!/bin/sh\necho '{answer}'\n"));
         Qemu::at(&path)
     }
 
@@ -261,8 +259,7 @@ mod tests {
                 "#!/bin/sh\necho x >> {}/asked\necho 'QEMU emulator version {version}'\n",
                 dir.path().display()
             );
-            fs::write(&path, script).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            put_script(&path, &script);
         };
         let asked = || fs::read_to_string(dir.path().join("asked")).unwrap().lines().count();
         put("9.1.0");

@@ -131,18 +131,17 @@ impl fmt::Display for Key {
 mod tests {
     use std::collections::HashMap;
     use std::fs;
-    use std::os::unix::fs::PermissionsExt as _;
     use std::path::Path;
 
     use super::*;
     use crate::config::VmDefaults;
+    use crate::fake::put_script;
     use crate::memory::MemoryMib;
     use crate::spec::{Host, Limits, Vcpus};
 
     fn qemu(dir: &Path, version: &str) -> Qemu {
         let path = dir.join("qemu");
-        fs::write(&path, format!("#!/bin/sh\necho 'QEMU emulator version {version}'\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        put_script(&path, &format!("#!/bin/sh\necho 'QEMU emulator version {version}'\n"));
         Qemu::at(&path).unwrap()
     }
 

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Once;
 use std::time::Duration;
 
@@ -91,9 +92,15 @@ fn put_jail_beside_the_test() {
     ONCE.call_once(|| {
         let beside = std::env::current_exe().unwrap().with_file_name("vmctr-jail");
         let fresh = beside.with_extension(std::process::id().to_string());
-        fs::copy(JAIL, &fresh).unwrap();
+        copy_program(Path::new(JAIL), &fresh);
         fs::rename(&fresh, beside).unwrap();
     });
+}
+
+/// By a process of its own: a copy that this one wrote may still be open for writing in a child that another test has
+/// just forked, and cannot be run then.
+pub fn copy_program(from: &Path, to: &Path) {
+    assert!(Command::new("cp").args([from, to]).status().unwrap().success(), "{}", from.display());
 }
 
 /// A field of `/proc/PID/status`.

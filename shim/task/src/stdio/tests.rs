@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -188,8 +188,11 @@ async fn a_logging_program_gets_both_outputs_its_arguments_and_the_container() {
     let rig = Rig::new();
     let program = rig.path("logger");
     let script = "#!/bin/sh\nexec 5>&-\n/bin/cat <&3 >\"$2.out\"\n/bin/cat <&4 >\"$2.err\"\necho \"$1 $CONTAINER_ID $CONTAINER_NAMESPACE\" >\"$2.env\"\n";
-    fs::write(&program, script).unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    // By a process of its own: a program that this one wrote may still be open for writing in a child that another test
+    // has just forked, and cannot be run then.
+    let write = ["-c", "printf %s \"$0\" > \"$1\" && chmod 755 \"$1\"", script];
+    let written = std::process::Command::new("sh").args(write).arg(&program).status().unwrap();
+    assert!(written.success());
     let target = rig.path("log");
     let name = format!("binary://{}?key={}", program.display(), target.display());
     let (out, mut guest_out) = pair();
