@@ -52,6 +52,20 @@ fn asked(mounted: &Mounted) -> BTreeMap<u32, u64> {
 }
 
 #[test]
+fn a_copy_by_the_guest_goes_to_where_the_host_has_written() {
+    on_union(|mounted, _| {
+        writing(mounted, "low").write_all_at(b" and more", 5).unwrap();
+        // Of a file with several names the host has none.
+        fs::hard_link(mounted.path("one"), mounted.path("three")).unwrap();
+        let (from, to) = (File::open(mounted.path("low")).unwrap(), writing(mounted, "one"));
+        let copied = rustix::fs::copy_file_range(&from, Some(&mut 1), &to, Some(&mut 0), 100).unwrap();
+        assert_eq!(copied, 13);
+        assert_eq!(fs::read(mounted.path("three")).unwrap(), b"ower and more");
+        assert_eq!(asked(mounted).get(&op::COPY_FILE_RANGE), Some(&1));
+    });
+}
+
+#[test]
 fn what_new_files_hold_never_crosses() {
     on_union(|mounted, place| {
         let mut file = File::create_new(mounted.path("new")).unwrap();

@@ -162,10 +162,10 @@ impl Server {
         let (from, to) = (from.file(&self.room)?, to.file(&self.room)?);
         let _clearing = request.caller.clearing_set_ids(!request.caller.is_root())?;
         let length = copy_length(length);
-        let (begin, out_begin) = (offset, out_offset);
         let copied = rustix::fs::copy_file_range(from, Some(&mut offset), to, Some(&mut out_offset), length)?;
-        // An overlay looks for the end where it was before the host wrote.
-        let copied = if copied == 0 { copy_by_hand(from, begin, to, out_begin, length)? } else { copied };
+        // An overlay takes for the file's end what was it before the host wrote.
+        let beyond = copy_by_hand((from, offset), (to, out_offset), length - copied);
+        let copied = if copied == 0 { beyond? } else { copied + beyond.unwrap_or_default() };
         answer.u32(copied as u32).u32(0);
         Ok(())
     }
@@ -178,12 +178,13 @@ fn is_all(file: &OwnedFd, offset: u64, done: usize, size: usize) -> rustix::io::
 
 /// Copies some of a file, as long as there is any.
 fn copy_by_hand(
-    from: &OwnedFd,
-    offset: u64,
-    to: &OwnedFd,
-    out_offset: u64,
+    (from, offset): (&OwnedFd, u64),
+    (to, out_offset): (&OwnedFd, u64),
     length: usize,
 ) -> rustix::io::Result<usize> {
+    if length == 0 {
+        return Ok(0);
+    }
     let mut data = vec![0; length.min(MAX_DATA as usize)];
     let there = read_at(from, &mut data, offset)?;
     Ok(write_at(to, &data[..there], out_offset, ReadWriteFlags::empty())? as usize)
