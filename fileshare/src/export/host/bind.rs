@@ -102,7 +102,9 @@ impl Talk {
         self.begin(&question);
         self.send(&[&find, &*asked].concat());
         let found = self.found(&find, &way);
-        need.loses.iter().for_each(|(folder, name)| shared.served.take_name(*folder, name));
+        if let (Ok(()), Some((folder, name))) = (found, &need.loses) {
+            shared.served.take_name(*folder, name);
+        }
         drop((alone, together));
         let answered = self.receive(&question);
         self.end();

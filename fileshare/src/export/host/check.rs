@@ -56,6 +56,15 @@ impl Remember {
         body
     }
 
+    /// `fuse_attr_out` of a file of the host's own, whose attributes were checked.
+    pub(super) fn attr_out_of(self, attr: &Attr) -> Vec<u8> {
+        let mut body = Vec::with_capacity(ATTR_OUT);
+        let time = self.attributes(attr);
+        body.u64(time.as_secs()).u64(time.subsec_nanos().into());
+        attr.put(&mut body);
+        body
+    }
+
     /// `fuse_entry_out` that says that there is no such name.
     pub(super) fn absent(self) -> Vec<u8> {
         let mut body = vec![0; ENTRY_OUT];

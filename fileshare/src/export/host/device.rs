@@ -73,11 +73,10 @@ impl Device {
         self.report(rustix::io::writev(&self.0, &[IoSlice::new(&header), IoSlice::new(body)]));
     }
 
-    /// Answers with the `length` bytes that are in a pipe; tells how many the kernel took.
+    /// Answers with the `length` bytes that are in a pipe; tells how many the kernel took. If it took none, the answer
+    /// is to be given once more otherwise.
     pub(super) fn splice(&self, pipe: &OwnedFd, length: usize) -> Result<usize, Errno> {
-        let taken = rustix::pipe::splice(pipe, None, &self.0, None, length, SpliceFlags::empty());
-        self.report(taken);
-        taken
+        rustix::pipe::splice(pipe, None, &self.0, None, length, SpliceFlags::empty())
     }
 
     /// Has the kernel ask for a file's attributes the next time, and so for its size.

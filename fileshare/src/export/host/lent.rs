@@ -116,10 +116,7 @@ impl Lane {
             return false;
         };
         attr.ino = shared.served.ino(header.nodeid).unwrap_or(attr.ino);
-        let mut bytes = Vec::new();
-        attr.put(&mut bytes);
-        let Ok(bytes) = bytes.as_slice().try_into() else { return false };
-        self.device.answer_body(header.unique, &shared.remember.attr_out(bytes));
+        self.device.answer_body(header.unique, &shared.remember.attr_out_of(&attr));
         true
     }
 

@@ -36,6 +36,7 @@ mod own;
 mod pipe;
 mod question;
 mod reading;
+mod regular;
 mod served;
 mod settle;
 mod shared;

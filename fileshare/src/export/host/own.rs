@@ -28,12 +28,7 @@ impl Lane {
         match header.opcode {
             op::LOOKUP => return self.look_own(header, body),
             op::GETATTR => match shared.served.attr(header.nodeid) {
-                Some(attr) => {
-                    let mut bytes = Vec::new();
-                    attr.put(&mut bytes);
-                    let Ok(bytes) = bytes.as_slice().try_into() else { return false };
-                    self.device.answer_body(header.unique, &shared.remember.attr_out(bytes));
-                }
+                Some(attr) => self.device.answer_body(header.unique, &shared.remember.attr_out_of(&attr)),
                 None => return false,
             },
             op::READLINK => match shared.served.target(header.nodeid) {

@@ -31,8 +31,8 @@ pub(super) const WORTH_IT: usize = 64 * 1024;
 pub(super) struct Pipe(Option<(OwnedFd, OwnedFd)>);
 
 impl Pipe {
-    /// Answers with the `length` bytes of `file` at `offset`; `false` if nothing was answered, as when they are not
-    /// there.
+    /// Answers with the `length` bytes of `file` at `offset`; `false` if the kernel has taken no answer, as when
+    /// they are not there.
     pub(super) fn answer(
         &mut self,
         device: &Device,
@@ -45,11 +45,11 @@ impl Pipe {
             self.0 = None;
             return false;
         };
-        // Whatever the kernel said, it has taken all or nothing.
-        if device.splice(reads, whole) != Ok(whole) {
+        let taken = device.splice(reads, whole) == Ok(whole);
+        if !taken {
             self.0 = None;
         }
-        true
+        taken
     }
 
     fn fill(

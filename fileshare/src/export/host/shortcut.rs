@@ -19,12 +19,10 @@
 //! 2. A file that was opened to write, truncated or copied to since the hint was asked for is not read here.
 
 use std::collections::HashMap;
-use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use rustix::fs::{Mode, OFlags, ResolveFlags};
@@ -34,16 +32,15 @@ use super::clock::Clock;
 use super::device::Device;
 use super::pipe::{self, Pipe};
 use super::question::{opens_to_write, u32_at, u64_at};
+use super::regular::{Permit, Permits, Regular, another};
 use super::served;
 use super::shared::lock;
+use crate::export::bytes::read_at;
 use crate::export::wire::abi::{Attr, flag, op};
 use crate::export::wire::codec::{Malformed, Take};
 
 /// How many files' places are kept.
 const MOST_PLACES: usize = 1 << 17;
-
-/// How many host files may be open.
-const MOST: usize = 1024;
 
 /// The layers, and what was changed.
 #[derive(Debug)]
@@ -52,7 +49,7 @@ pub(super) struct Shortcut {
     /// Of what files hold.
     clock: Clock,
     places: Mutex<HashMap<u64, Place>>,
-    open: Arc<AtomicUsize>,
+    permits: Permits,
     reads: AtomicU64,
 }
 
@@ -76,13 +73,7 @@ pub(super) struct HostFile {
     size: u64,
     nodeid: u64,
     since: u64,
-    open: Arc<AtomicUsize>,
-}
-
-impl Drop for HostFile {
-    fn drop(&mut self) {
-        self.open.fetch_sub(1, Ordering::Relaxed);
-    }
+    _permit: Permit,
 }
 
 impl Shortcut {
@@ -93,7 +84,7 @@ impl Shortcut {
             layers: layers.collect::<Result<_, _>>()?,
             clock: Clock::default(),
             places: Mutex::default(),
-            open: Arc::default(),
+            permits: Permits::default(),
             reads: AtomicU64::new(0),
         })
     }
@@ -147,7 +138,7 @@ impl Shortcut {
             [] => place.name.to_vec(),
             folder => [folder, b"/", &*place.name].concat(),
         };
-        self.open_counted(nodeid, place.since, || self.find(place.layer, place.facts, &path))
+        self.open_permitted(nodeid, place.since, || self.find(place.layer, place.facts, &path))
     }
 
     /// Opens the file of a node of ours; `since` is from before its place was asked for.
@@ -158,7 +149,7 @@ impl Shortcut {
         since: u64,
     ) -> Option<HostFile> {
         let facts = (attr.size, attr.mtime, attr.mtimensec);
-        self.open_counted(nodeid, since, || self.find(place.layer, facts, &place.path()))
+        self.open_permitted(nodeid, since, || self.find(place.layer, facts, &place.path()))
     }
 
     /// Opens the file that a hint names, if there is one and it is what the hint says.
@@ -166,27 +157,22 @@ impl Shortcut {
         if hint.is_empty() || self.layers.is_empty() {
             return None;
         }
-        self.open_counted(nodeid, since, || {
+        self.open_permitted(nodeid, since, || {
             let (layer, facts, path) = parse(hint).map_err(io::Error::other)?;
             self.find(layer, facts, path)
         })
     }
 
-    fn open_counted(
+    fn open_permitted(
         &self,
         nodeid: u64,
         since: u64,
         open: impl FnOnce() -> io::Result<(OwnedFd, u64)>,
     ) -> Option<HostFile> {
-        if self.open.fetch_add(1, Ordering::Relaxed) >= MOST {
-            self.open.fetch_sub(1, Ordering::Relaxed);
-            return None;
-        }
-        // From here on counted: dropping the result, or failing, counts back.
+        let permit = self.permits.take()?;
         match open() {
-            Ok((file, size)) => Some(HostFile { file, size, nodeid, since, open: Arc::clone(&self.open) }),
+            Ok((file, size)) => Some(HostFile { file, size, nodeid, since, _permit: permit }),
             Err(error) => {
-                self.open.fetch_sub(1, Ordering::Relaxed);
                 tracing::debug!(%error, "a hint leads nowhere");
                 None
             }
@@ -195,18 +181,15 @@ impl Shortcut {
 
     fn find(&self, layer: usize, facts: Facts, path: &[u8]) -> io::Result<(OwnedFd, u64)> {
         let folder = self.layers.get(layer).ok_or_else(|| io::Error::other("no such layer"))?;
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-        let found = rustix::fs::openat2(folder, OsStr::from_bytes(path), flags, Mode::empty(), resolve)?;
-        let st = rustix::fs::fstat(&found)?;
+        let found = Regular::find(folder, path, ResolveFlags::empty())?;
+        let st = &found.stat;
         let seen = (st.st_size.cast_unsigned(), st.st_mtime.cast_unsigned(), st.st_mtime_nsec as u32);
-        if st.st_mode & libc::S_IFMT != libc::S_IFREG || seen != facts {
-            return Err(io::Error::other("another file"));
+        if seen != facts {
+            return Err(another());
         }
-        let magic = format!("/proc/self/fd/{}", found.as_raw_fd());
-        let open = |flags| rustix::fs::open(&magic, OFlags::RDONLY | OFlags::CLOEXEC | flags, Mode::empty());
         // An overlay leaves its lower files' access times alone; that takes owning them.
-        Ok((open(OFlags::NOATIME).or_else(|_| open(OFlags::empty()))?, seen.0))
+        let opened = found.open(OFlags::RDONLY | OFlags::NOATIME).or_else(|_| found.open(OFlags::RDONLY))?;
+        Ok((opened, seen.0))
     }
 
     /// Answers a request to read much without a copy, unless the file may have been changed.
@@ -231,13 +214,7 @@ impl Shortcut {
         if self.clock.is_changed(host.nodeid, host.since) {
             return None;
         }
-        let mut done = 0;
-        while done < into.len() {
-            match rustix::io::pread(&host.file, &mut into[done..], offset.checked_add(done as u64)?).ok()? {
-                0 => break,
-                count => done += count,
-            }
-        }
+        let done = read_at(&host.file, into, offset).ok()?;
         self.reads.fetch_add(1, Ordering::Relaxed);
         Some(done)
     }
@@ -307,7 +284,7 @@ mod tests {
         assert!(follow(&hint(0, "sub/file", &layer)).is_none(), "other facts");
         assert!(follow(b"short").is_none());
         drop(host);
-        assert_eq!(shortcut.open.load(Ordering::Relaxed), 0);
+        assert_eq!(shortcut.permits.taken(), 0);
     }
 
     #[test]

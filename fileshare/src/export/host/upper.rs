@@ -17,32 +17,28 @@
 //! 2. Without an upper folder nothing is opened to be written to.
 
 use std::collections::{HashMap, HashSet};
-use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
 
 use super::check::check_attr;
+use super::regular::{Permit, Permits, Regular, another};
 use super::shared::lock;
 use crate::export::privileges::write_like_anybody;
 use crate::export::stat::attr;
 use crate::export::wire::abi::{Attr, CAPABILITIES};
 use crate::export::wire::lent::UpperHint;
 
-/// How many files may be open. Others are read and written through the guest.
-const MOST: usize = 1024;
-
 /// The upper folder, and what of it is open.
 #[derive(Debug, Default)]
 pub(super) struct Upper {
     folder: Option<OwnedFd>,
     lent: Mutex<HashMap<u64, Lent>>,
-    open: Arc<AtomicUsize>,
+    permits: Permits,
     reads: AtomicU64,
     writes: AtomicU64,
     refused: AtomicBool,
@@ -60,13 +56,7 @@ struct Lent {
 pub(super) struct UpperFile {
     file: OwnedFd,
     shown: u64,
-    open: Arc<AtomicUsize>,
-}
-
-impl Drop for UpperFile {
-    fn drop(&mut self) {
-        self.open.fetch_sub(1, Ordering::Relaxed);
-    }
+    _permit: Permit,
 }
 
 impl AsFd for UpperFile {
@@ -161,15 +151,10 @@ impl Upper {
     fn follow(&self, hint: &[u8], how: OFlags) -> Option<Arc<UpperFile>> {
         let folder = self.folder.as_ref().filter(|_| !self.refused.load(Ordering::Acquire))?;
         let hint = UpperHint::take(hint).ok()?;
-        if self.open.fetch_add(1, Ordering::Relaxed) >= MOST {
-            self.open.fetch_sub(1, Ordering::Relaxed);
-            return None;
-        }
+        let permit = self.permits.take()?;
         match find(folder, &hint, how) {
-            // From here on dropping it counts back.
-            Ok(file) => Some(Arc::new(UpperFile { file, shown: hint.shown, open: Arc::clone(&self.open) })),
+            Ok(file) => Some(Arc::new(UpperFile { file, shown: hint.shown, _permit: permit })),
             Err(error) => {
-                self.open.fetch_sub(1, Ordering::Relaxed);
                 tracing::debug!(%error, "a hint leads nowhere in the upper folder");
                 None
             }
@@ -178,17 +163,12 @@ impl Upper {
 }
 
 fn find(folder: &OwnedFd, hint: &UpperHint<'_>, how: OFlags) -> io::Result<OwnedFd> {
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
-    let found = rustix::fs::openat2(folder, OsStr::from_bytes(hint.path), flags, Mode::empty(), resolve)?;
-    let st = rustix::fs::fstat(&found)?;
-    if st.st_mode & libc::S_IFMT != libc::S_IFREG || st.st_ino != hint.ino {
-        return Err(io::Error::other("another file"));
+    let found = Regular::find(folder, hint.path, ResolveFlags::NO_XDEV)?;
+    if found.stat.st_ino != hint.ino {
+        return Err(another());
     }
-    let magic = format!("/proc/self/fd/{}", found.as_raw_fd());
     // Nobody waits here for a lease to be given back.
-    let flags = how | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    Ok(rustix::fs::open(magic, flags, Mode::empty())?)
+    found.open(how | OFlags::NONBLOCK)
 }
 
 #[cfg(test)]
@@ -245,9 +225,9 @@ mod tests {
         let used = upper.find(7).unwrap();
         upper.release(7, 2);
         assert!(upper.find(7).is_none());
-        assert_eq!(upper.open.load(Ordering::Relaxed), 1, "by who still works on it");
+        assert_eq!(upper.permits.taken(), 1, "by who still works on it");
         drop(used);
-        assert_eq!(upper.open.load(Ordering::Relaxed), 0);
+        assert_eq!(upper.permits.taken(), 0);
     }
 
     #[test]
@@ -256,9 +236,9 @@ mod tests {
         fs::write(dir.path().join("file"), "").unwrap();
         let upper = Upper::open(Some(dir.path())).unwrap();
         let hint = hint("file", &dir.path().join("file"));
-        upper.open.store(MOST, Ordering::Relaxed);
+        let mut all: Vec<_> = std::iter::from_fn(|| upper.permits.take()).collect();
         assert!(!upper.lend(7, 1, &hint));
-        upper.open.store(MOST - 1, Ordering::Relaxed);
+        all.pop();
         assert!(upper.lend(7, 1, &hint));
     }
 }
