@@ -4,27 +4,31 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use vmctr_fileshare::export::guest::{Layers, Server};
 use vmctr_fileshare::export::host::Config;
 use vmctr_fileshare::export::wire::abi::op;
 
-use super::rig::{Mounted, Place, assert_errno, in_private_namespace};
+use super::rig::{INDEXED, Mounted, Place, assert_errno, in_private_namespace};
 use super::steps::forget;
 
 /// How many files the host lends at the same time.
 const MOST: usize = 1024;
 
 fn on_union(test: impl FnOnce(&Mounted, &Place) + Send) {
+    on_one(Place::overlay, test);
+}
+
+fn on_one(overlay: fn(&Place, &str, &Path) -> PathBuf, test: impl FnOnce(&Mounted, &Place) + Send) {
     in_private_namespace(|| {
         let place = Place::new();
         let lower = place.folder("lower");
         fs::write(lower.join("low"), "lower").unwrap();
         fs::write(lower.join("one"), "two names").unwrap();
         fs::hard_link(lower.join("one"), lower.join("two")).unwrap();
-        let merged = place.overlay("union", &lower);
+        let merged = overlay(&place, "union", &lower);
         let upper = place.path("union/upper");
         let layers = Layers::open(Some(&upper), std::slice::from_ref(&lower)).unwrap();
         let server = Server::new(&merged).unwrap().with_layers(layers);
@@ -35,6 +39,10 @@ fn on_union(test: impl FnOnce(&Mounted, &Place) + Send) {
         mounted.unmount();
         assert_eq!(fs::read(lower.join("low")).unwrap(), b"lower");
     });
+}
+
+fn indexed(place: &Place, name: &str, lower: &Path) -> PathBuf {
+    place.overlay_by(name, lower, INDEXED)
 }
 
 fn upper(place: &Place, name: &str) -> PathBuf {
@@ -53,14 +61,12 @@ fn asked(mounted: &Mounted) -> BTreeMap<u32, u64> {
 
 #[test]
 fn a_copy_by_the_guest_goes_to_where_the_host_has_written() {
-    on_union(|mounted, _| {
+    on_one(indexed, |mounted, _| {
         writing(mounted, "low").write_all_at(b" and more", 5).unwrap();
-        // Of a file with several names the host has none.
-        fs::hard_link(mounted.path("one"), mounted.path("three")).unwrap();
         let (from, to) = (File::open(mounted.path("low")).unwrap(), writing(mounted, "one"));
         let copied = rustix::fs::copy_file_range(&from, Some(&mut 1), &to, Some(&mut 0), 100).unwrap();
         assert_eq!(copied, 13);
-        assert_eq!(fs::read(mounted.path("three")).unwrap(), b"ower and more");
+        assert_eq!(fs::read(mounted.path("two")).unwrap(), b"ower and more");
         assert_eq!(asked(mounted).get(&op::COPY_FILE_RANGE), Some(&1));
     });
 }
@@ -203,7 +209,7 @@ fn what_the_host_cannot_open_the_guest_says_why() {
 
 #[test]
 fn files_that_an_overlay_counts_names_of_stay_the_guest_s() {
-    on_union(|mounted, place| {
+    on_one(indexed, |mounted, place| {
         let file = writing(mounted, "one");
         file.write_all_at(b"TWO", 0).unwrap();
         assert_eq!(file.metadata().unwrap().nlink(), 2);

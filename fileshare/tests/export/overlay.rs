@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, XattrFlags};
@@ -11,7 +11,7 @@ use vmctr_fileshare::export::host::Writes;
 
 use super::apart::Spec;
 use super::rig::{
-    Mounted, Place, assert_errno, eventually, in_private_namespace, mount_overlay, mount_tmpfs,
+    INDEXED, Mounted, Place, assert_errno, eventually, in_private_namespace, mount_overlay, mount_tmpfs,
 };
 use super::sys::Shared;
 
@@ -71,7 +71,13 @@ fn a_lower_folder_is_renamed_not_copied() {
 
 #[test]
 fn hard_links_stay_links_when_copied_up() {
-    on_overlay(|mounted, _| {
+    in_private_namespace(|| {
+        let place = Place::new();
+        let lower = place.folder("lower");
+        fs::write(lower.join("link1"), "linked").unwrap();
+        fs::hard_link(lower.join("link1"), lower.join("link2")).unwrap();
+        let merged = place.overlay_by("union", &lower, INDEXED);
+        let mounted = Mounted::new(&merged, &place.folder("mnt"));
         let ino = |name: &str| fs::metadata(mounted.path(name)).unwrap().ino();
         assert_eq!(ino("link1"), ino("link2"));
         fs::write(mounted.path("link2"), "both").unwrap();
@@ -79,7 +85,44 @@ fn hard_links_stay_links_when_copied_up() {
         assert_eq!(ino("link1"), ino("link2"));
         fs::remove_file(mounted.path("link1")).unwrap();
         assert_eq!(fs::read(mounted.path("link2")).unwrap(), b"both");
+        mounted.unmount();
     });
+}
+
+#[test]
+fn a_file_that_overlay_gives_another_number_stays_one_file() {
+    type Change = fn(&Path) -> std::io::Result<()>;
+    let changes: [Change; 5] = [
+        |path| File::options().append(true).open(path).map(drop),
+        |path| fs::set_permissions(path, fs::Permissions::from_mode(0o640)),
+        |path| fs::hard_link(path, path.with_file_name("link3")),
+        |path| {
+            fs::rename(path, path.with_file_name("moved"))?;
+            fs::rename(path.with_file_name("moved"), path)
+        },
+        |path| Ok(rustix::fs::setxattr(path, "user.test", b"1", XattrFlags::empty())?),
+    ];
+    for change in changes {
+        on_overlay(|mounted, _| {
+            let link = mounted.path("link1");
+            let early = File::open(&link).unwrap();
+            assert_eq!(text_of(&early), "linked");
+            change(&link).unwrap();
+            fs::read_dir(&mounted.root).unwrap().for_each(drop);
+            let again = File::open(&link).unwrap();
+            assert_eq!(text_of(&again), "linked");
+            fs::OpenOptions::new().write(true).open(&link).unwrap().write_at(b"LINK", 0).unwrap();
+            assert_eq!((text_of(&early), text_of(&again)), ("LINKed".to_owned(), "LINKed".to_owned()));
+            assert_eq!(early.metadata().unwrap().ino(), again.metadata().unwrap().ino());
+            assert_eq!(fs::read(mounted.path("link2")).unwrap(), b"linked");
+        });
+    }
+}
+
+fn text_of(file: &File) -> String {
+    let mut bytes = vec![0; 100];
+    let length = file.read_at(&mut bytes, 0).unwrap();
+    String::from_utf8_lossy(&bytes[..length]).into_owned()
 }
 
 #[test]
@@ -89,22 +132,12 @@ fn hard_links_that_overlay_separates_are_two_files() {
         let lower = place.folder("lower");
         fs::write(lower.join("link1"), "linked").unwrap();
         fs::hard_link(lower.join("link1"), lower.join("link2")).unwrap();
-        let merged = place.folder("merged");
-        let options = format!(
-            "lowerdir={},upperdir={},workdir={},index=off",
-            lower.display(),
-            place.folder("upper").display(),
-            place.folder("work").display()
-        );
-        let options = std::ffi::CString::new(options).unwrap();
-        let flags = rustix::mount::MountFlags::empty();
-        rustix::mount::mount("overlay", &merged, "overlay", flags, Some(options.as_c_str())).unwrap();
-        let mounted = Mounted::new(&merged, &place.folder("mnt"));
+        let mounted = Mounted::new(&place.overlay("union", &lower), &place.folder("mnt"));
         assert_eq!(fs::read(mounted.path("link1")).unwrap(), b"linked");
         fs::write(mounted.path("link2"), "changed").unwrap();
         assert_eq!(fs::read(mounted.path("link1")).unwrap(), b"linked");
-        assert_eq!(fs::read(place.path("upper/link2")).unwrap(), b"changed");
-        assert!(!place.path("upper/link1").exists());
+        assert_eq!(fs::read(place.path("union/upper/link2")).unwrap(), b"changed");
+        assert!(!place.path("union/upper/link1").exists());
         mounted.unmount();
     });
 }

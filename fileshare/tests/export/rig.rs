@@ -57,9 +57,14 @@ impl Place {
 
     /// Mounts an overlay as the guest does.
     pub fn overlay(&self, name: &str, lower: &Path) -> PathBuf {
+        self.overlay_by(name, lower, UNION)
+    }
+
+    /// An overlay with other options.
+    pub fn overlay_by(&self, name: &str, lower: &Path, how: &str) -> PathBuf {
         let merged = self.folder(&format!("{name}/merged"));
         let (upper, work) = (self.folder(&format!("{name}/upper")), self.folder(&format!("{name}/work")));
-        mount_overlay(&merged, lower, &upper, &work);
+        mount_overlay_by(&merged, lower, (&upper, &work), how);
         merged
     }
 }
@@ -75,13 +80,19 @@ impl Drop for Place {
     }
 }
 
+/// The options that unions have.
+const UNION: &str = "index=off,redirect_dir=on,metacopy=off,uuid=off,xino=on";
+
+/// Those of an overlay that keeps a file's names together when it copies it up.
+pub const INDEXED: &str = "index=on,redirect_dir=on,metacopy=off";
+
 pub fn mount_overlay(merged: &Path, lower: &Path, upper: &Path, work: &Path) {
-    let options = format!(
-        "lowerdir={},upperdir={},workdir={},redirect_dir=on,index=on,metacopy=off",
-        lower.display(),
-        upper.display(),
-        work.display()
-    );
+    mount_overlay_by(merged, lower, (upper, work), UNION);
+}
+
+fn mount_overlay_by(merged: &Path, lower: &Path, (upper, work): (&Path, &Path), how: &str) {
+    let options =
+        format!("lowerdir={},upperdir={},workdir={},{how}", lower.display(), upper.display(), work.display());
     let options = CString::new(options).unwrap();
     rustix::mount::mount("overlay", merged, "overlay", MountFlags::empty(), Some(options.as_c_str()))
         .unwrap();

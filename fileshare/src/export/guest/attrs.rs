@@ -1,5 +1,6 @@
 //! Attributes: of files, of file systems, extended.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use rustix::fs::{
@@ -70,6 +71,7 @@ impl Server {
         let change = Change::take(&mut request.body)?;
         request.body.end()?;
         let node = self.nodes.find(request.header.nodeid)?;
+        let _renumbering = self.nodes.renumbering([Arc::clone(&node)]);
         if change.has(flag::FATTR_MODE) {
             rustix::fs::chmodat(
                 CWD,
@@ -149,8 +151,11 @@ impl Server {
         body.end()?;
         let node = self.nodes.find(request.header.nodeid)?;
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
-        node.bare.store(false, Ordering::Relaxed);
-        rustix::fs::setxattr(magic(&*node), name, value, flags)?;
+        let _renumbering = self.nodes.renumbering([Arc::clone(&node)]);
+        let set = rustix::fs::setxattr(magic(&*node), name, value, flags);
+        // Afterwards: who opens it meanwhile may still have found none.
+        node.bare.store(false, Ordering::Release);
+        set?;
         if extra & flag::SETXATTR_ACL_KILL_SGID != 0 && name == c"system.posix_acl_access" {
             let mode = u32::from(stat(&*node)?.stx_mode) & 0o7777 & !libc::S_ISGID;
             rustix::fs::chmodat(CWD, magic(&*node), Mode::from_raw_mode(mode), AtFlags::empty())?;
@@ -162,6 +167,7 @@ impl Server {
         let name = request.body.string()?;
         request.body.end()?;
         let node = self.nodes.find(request.header.nodeid)?;
+        let _renumbering = self.nodes.renumbering([Arc::clone(&node)]);
         Ok(rustix::fs::removexattr(magic(&*node), name)?)
     }
 }

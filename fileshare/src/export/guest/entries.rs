@@ -130,7 +130,9 @@ impl Server {
         let name = request.body.name()?;
         request.body.end()?;
         let parent = self.nodes.find(request.header.nodeid)?;
+        let renumbering = self.nodes.renumbering([Arc::clone(&old)]);
         rustix::fs::linkat(CWD, magic(&*old), &*parent, name, AtFlags::SYMLINK_FOLLOW)?;
+        drop(renumbering);
         answer.entry(old.id, self.nodes.again(&old)?);
         parent.attr()?.put(answer);
         Ok(())
@@ -174,6 +176,10 @@ impl Server {
         request.body.end()?;
         let from = self.nodes.find(request.header.nodeid)?;
         {
+            let files = [(&from, old), (&to, new)];
+            let files =
+                files.into_iter().filter_map(|(folder, name)| self.nodes.one_of_several(folder, name));
+            let _renumbering = self.nodes.renumbering(files);
             let _moving = self.lender.moving();
             rustix::fs::renameat_with(&*from, old, &*to, new, flags)?;
         }
@@ -217,9 +223,11 @@ impl Server {
     pub(super) fn open_file(
         &self,
         caller: &Caller,
-        node: &Node,
+        node: &Arc<Node>,
         (asked, open_flags): (OFlags, u32),
     ) -> rustix::io::Result<OwnedFd> {
+        let changes = is_writable(asked) || asked.contains(OFlags::TRUNC);
+        let _renumbering = self.nodes.renumbering(changes.then(|| Arc::clone(node)));
         let file = self.room.with(|| node.open(self.passed(asked)))?;
         if asked.contains(OFlags::TRUNC) {
             let _clearing = caller.clearing_set_ids(open_flags & flag::OPEN_KILL_SUIDGID != 0)?;

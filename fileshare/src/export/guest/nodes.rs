@@ -10,15 +10,17 @@
 //! 2. A node is reached through its descriptor only; no path is kept.
 //! 3. One file has one node, or else the host would cache it twice. Overlay can show two files under one inode
 //!    number (hard links in a lower layer, which a copy-up separates), so where names are several, numbers are
-//!    not believed: inotify tells whether two descriptors are one inode.
+//!    not believed: inotify tells whether two descriptors are one inode. And a copy-up that separates a file from
+//!    its other names gives it another number: then the node is found under both, and nobody looks in between.
 
 use std::collections::HashMap;
+use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
-use rustix::fs::{AtFlags, Statx, StatxFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, Statx, StatxFlags};
 use rustix::io::{Errno, Result};
 
 use super::lend::Lent;
@@ -37,6 +39,8 @@ pub(super) struct Node {
     /// What the host sees as the inode number. Overlay may change its own at copy-up.
     pub(super) ino: u64,
     kind: u32,
+    /// Whether a copy-up may give it another number.
+    several: bool,
     /// Whether it is known to have no capabilities, and so to keep none from being written to.
     pub(super) bare: AtomicBool,
     /// Whether the host changes it.
@@ -50,9 +54,18 @@ struct Key {
     mount: u64,
 }
 
+#[derive(Debug)]
+struct Known {
+    node: Arc<Node>,
+    /// How often the host was told of it and has not forgotten.
+    refs: u64,
+    /// What it is found by as well, since it was copied up.
+    renumbered: Option<Key>,
+}
+
 #[derive(Debug, Default)]
 struct Table {
-    by_id: HashMap<u64, (Arc<Node>, u64)>,
+    by_id: HashMap<u64, Known>,
     by_key: HashMap<Key, Vec<u64>>,
     last: u64,
 }
@@ -61,9 +74,25 @@ struct Table {
 #[derive(Debug)]
 pub(super) struct Nodes {
     table: RwLock<Table>,
+    /// Held shared from when a file's number is read until its node is found.
+    numbers: RwLock<()>,
     twins: Option<OwnedFd>,
     /// Counts the times that a file was looked at before it was forgotten.
     refreshed: AtomicU64,
+}
+
+/// While it lives, files may get other numbers, and nobody looks for nodes.
+#[must_use]
+pub(super) struct Renumbering<'a> {
+    nodes: &'a Nodes,
+    files: Vec<Arc<Node>>,
+    _alone: RwLockWriteGuard<'a, ()>,
+}
+
+impl Drop for Renumbering<'_> {
+    fn drop(&mut self) {
+        self.files.iter().for_each(|node| self.nodes.renumber(node));
+    }
 }
 
 /// What a descriptor's file is like.
@@ -101,12 +130,12 @@ impl Node {
     }
 
     /// Opens the file itself. Devices, fifos and sockets stay shut: opening has effects there.
-    pub(super) fn open(&self, flags: rustix::fs::OFlags) -> Result<OwnedFd> {
+    pub(super) fn open(&self, flags: OFlags) -> Result<OwnedFd> {
         if !matches!(self.kind, libc::S_IFREG | libc::S_IFDIR) {
             return Err(Errno::NXIO);
         }
-        let flags = flags | rustix::fs::OFlags::CLOEXEC | rustix::fs::OFlags::NONBLOCK;
-        rustix::fs::open(magic(self), flags, rustix::fs::Mode::empty())
+        let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        rustix::fs::open(magic(self), flags, Mode::empty())
     }
 }
 
@@ -124,20 +153,56 @@ impl Nodes {
         table.insert(root, &st);
         Ok(Self {
             table: RwLock::new(table),
+            numbers: RwLock::default(),
             twins: inotify::init(CreateFlags::CLOEXEC).ok(),
             refreshed: AtomicU64::new(0),
         })
     }
 
     pub(super) fn find(&self, id: u64) -> Result<Arc<Node>> {
-        self.read().by_id.get(&id).map(|(node, _)| Arc::clone(node)).ok_or(Errno::STALE)
+        self.read().by_id.get(&id).map(|known| Arc::clone(&known.node)).ok_or(Errno::STALE)
+    }
+
+    /// To be held by who changes these files, if that may give one of them another number.
+    pub(super) fn renumbering(&self, files: impl IntoIterator<Item = Arc<Node>>) -> Option<Renumbering<'_>> {
+        let files: Vec<_> = files.into_iter().filter(|node| node.several).collect();
+        if files.is_empty() {
+            return None;
+        }
+        let _alone = self.numbers.write().unwrap_or_else(PoisonError::into_inner);
+        Some(Renumbering { nodes: self, files, _alone })
+    }
+
+    fn renumber(&self, node: &Node) {
+        // If it fails, so did the change, or the next look at the file will.
+        let Ok(st) = stat(node) else { return };
+        if Key::of(&st) != node.key {
+            self.write().renumber(node.id, Key::of(&st));
+        }
+    }
+
+    /// The file that a name stands for, if the host knows it and it has other names.
+    pub(super) fn one_of_several(&self, folder: &Node, name: &CStr) -> Option<Arc<Node>> {
+        let remembered = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC;
+        let st =
+            rustix::fs::statx(folder, name, remembered, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID).ok()?;
+        if st.stx_nlink < 2 || kind(&st) == libc::S_IFDIR {
+            return None;
+        }
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(folder, name, flags, Mode::empty()).ok()?;
+        let table = self.read();
+        let id = self.known(&table, &file, &st)?;
+        table.by_id.get(&id).map(|known| Arc::clone(&known.node))
     }
 
     /// The node of a file that the host is about to be told of, and its attributes.
     pub(super) fn admit(&self, file: OwnedFd) -> Result<(Arc<Node>, Attr)> {
         let refreshed = self.refreshed.load(Ordering::Acquire);
+        let numbers = self.numbers.read().unwrap_or_else(PoisonError::into_inner);
         let st = stat(&file)?;
         let node = self.admit_stat(file, &st);
+        drop(numbers);
         // What was lent may have been looked at and forgotten since.
         let changed = self.refreshed.load(Ordering::Acquire) != refreshed;
         let told = if changed || node.lent.ever() { node.attr() } else { Ok(attr(&st, node.ino)) };
@@ -163,7 +228,7 @@ impl Nodes {
         candidates
             .iter()
             .copied()
-            .find(|id| table.by_id.get(id).is_some_and(|(node, _)| self.same(node, file)))
+            .find(|id| table.by_id.get(id).is_some_and(|known| self.same(&known.node, file)))
     }
 
     /// Whether two descriptors with one inode number are one inode: then a watch on either is the same watch.
@@ -227,34 +292,48 @@ impl Table {
             key,
             ino: st.stx_ino,
             kind: kind(st),
+            several: kind(st) != libc::S_IFDIR && st.stx_nlink > 1,
             bare: AtomicBool::new(false),
             lent: Lent::default(),
         });
-        self.by_id.insert(id, (Arc::clone(&node), 1));
+        self.by_id.insert(id, Known { node: Arc::clone(&node), refs: 1, renumbered: None });
         self.by_key.entry(key).or_default().push(id);
         node
     }
 
     fn again(&mut self, id: u64) -> Option<Arc<Node>> {
-        let (node, refs) = self.by_id.get_mut(&id)?;
-        *refs += 1;
-        Some(Arc::clone(node))
+        let known = self.by_id.get_mut(&id)?;
+        known.refs += 1;
+        Some(Arc::clone(&known.node))
+    }
+
+    /// A file is copied up once: it has two numbers at most.
+    fn renumber(&mut self, id: u64, key: Key) {
+        let Some(known) = self.by_id.get_mut(&id).filter(|known| known.renumbered.is_none()) else { return };
+        known.renumbered = Some(key);
+        self.by_key.entry(key).or_default().push(id);
     }
 
     fn forget(&mut self, id: u64, count: u64) -> Option<Arc<Node>> {
-        let (node, refs) = self.by_id.get_mut(&id)?;
-        *refs = refs.saturating_sub(count);
-        if *refs > 0 || id == ROOT_ID {
+        let known = self.by_id.get_mut(&id)?;
+        known.refs = known.refs.saturating_sub(count);
+        if known.refs > 0 || id == ROOT_ID {
             return None;
         }
-        let key = node.key;
+        let gone = self.by_id.remove(&id)?;
+        for key in std::iter::once(gone.node.key).chain(gone.renumbered) {
+            self.drop_key(key, id);
+        }
+        Some(gone.node)
+    }
+
+    fn drop_key(&mut self, key: Key, id: u64) {
         if let Some(ids) = self.by_key.get_mut(&key) {
             ids.retain(|other| *other != id);
             if ids.is_empty() {
                 self.by_key.remove(&key);
             }
         }
-        self.by_id.remove(&id).map(|(node, _)| node)
     }
 }
 
@@ -272,7 +351,7 @@ fn kind(st: &Statx) -> u32 {
 mod tests {
     use std::fs;
 
-    use rustix::fs::{CWD, Mode, OFlags};
+    use rustix::fs::CWD;
 
     use super::*;
 
