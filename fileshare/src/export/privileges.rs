@@ -29,6 +29,13 @@ impl Drop for Unprivileged {
     }
 }
 
+/// Takes back what lets this thread pass over permissions, which it lost with root's ID.
+pub(super) fn pass_over_permissions() -> rustix::io::Result<()> {
+    let before = rustix::thread::capabilities(None)?;
+    let effective = before.effective | CapabilitySet::DAC_OVERRIDE;
+    rustix::thread::set_capabilities(None, CapabilitySets { effective, ..before })
+}
+
 /// Leaves this thread no groups but root's, and nothing that lets it write past quotas or into reserved space.
 pub(super) fn write_like_anybody() -> io::Result<()> {
     rustix::thread::set_thread_groups(&[])?;

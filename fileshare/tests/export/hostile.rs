@@ -13,7 +13,10 @@ use vmctr_fileshare::export::wire::hello::Hello;
 use vmctr_fileshare::export::wire::stream::Stream;
 
 use super::rig::{Place, assert_errno, in_private_namespace, take_away};
-use super::victim::{Deed, FILE, TEXT, attr, eio, entry, folder, framed, honest, instead, listed, under};
+use super::victim::{
+    Deed, FILE, PATIENCE, TEXT, Terms, attr, eio, entry, folder, framed, honest, instead, listed, under,
+    under_with,
+};
 #[test]
 fn the_stand_in_can_be_honest() {
     under(|_, _| Deed::Honest, |victim| victim.assert_usable());
@@ -238,9 +241,35 @@ fn lengths_that_no_message_has_end_it_all() {
 }
 
 #[test]
-fn silence_is_eio_after_a_while() {
+fn a_guest_that_is_slow_and_alive_is_waited_for() {
+    let slow = |header: &InHeader, _: &[u8]| {
+        if header.opcode == op::STATFS {
+            std::thread::sleep(3 * PATIENCE);
+        }
+        Deed::Honest
+    };
+    under(slow, |victim| {
+        rustix::fs::statvfs(&victim.root).unwrap();
+        victim.assert_usable();
+    });
+}
+
+#[test]
+fn a_guest_that_is_alive_and_never_answers_is_given_up_too() {
     let evil =
         |header: &InHeader, _: &[u8]| if header.opcode == op::STATFS { Deed::Silence } else { Deed::Honest };
+    under_with(Terms { patience: PATIENCE / 10, ..Terms::default() }, evil, |victim| {
+        eio(rustix::fs::statvfs(&victim.root).map_err(io::Error::from));
+        assert!(matches!(victim.export.lost(), Some(Lost::Silent(_))));
+    });
+}
+
+#[test]
+fn silence_is_eio_after_a_while() {
+    let evil = |header: &InHeader, _: &[u8]| match header.opcode {
+        op::STATFS | op::SIGN => Deed::Silence,
+        _ => Deed::Honest,
+    };
     under(evil, |victim| {
         let file = File::open(victim.path("file")).unwrap();
         let started = Instant::now();

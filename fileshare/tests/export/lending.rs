@@ -10,7 +10,7 @@ use vmctr_fileshare::export::wire::codec::Put;
 use vmctr_fileshare::export::wire::lent::UpperHint;
 
 use super::rig::assert_errno;
-use super::victim::{Deed, FILE, TEXT, Victim, attr, eio, entry, honest, under_with};
+use super::victim::{Deed, FILE, TEXT, Terms, Victim, attr, eio, entry, honest, under_with};
 
 /// Hints at `path` for whatever is opened, with the number of the file that is `like` it.
 fn with_hint(
@@ -44,7 +44,7 @@ fn with_hint(
             _ => Deed::Honest,
         }
     };
-    under_with(upper, evil, move |victim| {
+    under_with(Terms { upper, ..Terms::default() }, evil, move |victim| {
         let (upper, outside) = (victim.place.folder("upper"), victim.place.folder("outside"));
         fs::create_dir(upper.join("sub")).unwrap();
         fs::write(upper.join("sub/inside"), "of upper").unwrap();
@@ -129,7 +129,7 @@ fn a_guest_that_insists_on_a_hint_is_eio() {
             _ => Deed::Honest,
         }
     };
-    under_with(Some("upper"), evil, |victim| {
+    under_with(Terms { upper: Some("upper"), ..Terms::default() }, evil, |victim| {
         eio(File::options().write(true).open(victim.path("file")));
         eio(fs::read(victim.path("file")));
         assert_eq!(victim.export.lost(), None);
@@ -146,7 +146,7 @@ fn hints_that_are_none_are_eio() {
     };
     let cases: [&[u8]; 3] = [b"x", &[0; 30], &[0xff; 30]];
     for bytes in cases {
-        under_with(Some("upper"), with(bytes), |victim| {
+        under_with(Terms { upper: Some("upper"), ..Terms::default() }, with(bytes), |victim| {
             assert_errno(File::options().write(true).open(victim.path("file")), libc::EIO);
             victim.assert_usable();
         });

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
 
-use super::rig::{Mounted, Place, as_other_process, in_private_namespace};
+use super::rig::{Mounted, Place, as_other_process, eventually, in_private_namespace};
 use super::sys::own_descriptors;
 
 fn range(kind: i32, start: i64, length: i64) -> libc::flock {
@@ -129,6 +129,32 @@ fn waiters_get_the_lock_while_all_lanes_wait() {
             assert!(waiters.iter().all(|waiter| !waiter.is_finished()));
             set(&ours, libc::F_UNLCK, 0, 0).unwrap();
         });
+    });
+}
+
+#[test]
+fn a_lock_that_was_waited_for_goes_with_its_process_though_another_descriptor_was_closed_meanwhile() {
+    on_mount(|mounted, _| {
+        let ours = open(&mounted.path("file"));
+        set(&ours, libc::F_WRLCK, 0, 0).unwrap();
+        let (sender, receiver) = channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                own_descriptors();
+                let theirs = open(&mounted.path("file"));
+                std::thread::scope(|process| {
+                    process.spawn(|| {
+                        fcntl(&theirs, FcntlArg::F_SETLKW(&range(libc::F_WRLCK, 0, 0))).unwrap();
+                    });
+                    std::thread::sleep(Duration::from_millis(200));
+                    drop(open(&mounted.path("file")));
+                    sender.send(()).unwrap();
+                });
+            });
+            receiver.recv().unwrap();
+            set(&ours, libc::F_UNLCK, 0, 0).unwrap();
+        });
+        eventually("lock", || set(&ours, libc::F_WRLCK, 0, 0).is_ok());
     });
 }
 

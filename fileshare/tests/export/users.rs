@@ -158,6 +158,31 @@ fn writing_clears_set_id_bits_and_capabilities() {
 }
 
 #[test]
+fn a_folder_s_acl_lets_others_make_files_there() {
+    on_both(|root| {
+        let mut acl = vec![2, 0, 0, 0];
+        for (tag, perm, id) in
+            [(1u16, 7u16, u32::MAX), (4, 0, u32::MAX), (8, 7, TEAM), (16, 7, u32::MAX), (32, 0, u32::MAX)]
+        {
+            acl.extend_from_slice(&tag.to_le_bytes());
+            acl.extend_from_slice(&perm.to_le_bytes());
+            acl.extend_from_slice(&id.to_le_bytes());
+        }
+        let dir = root.join("shared");
+        fs::create_dir(&dir).unwrap();
+        let flags = rustix::fs::XattrFlags::empty();
+        rustix::fs::setxattr(&dir, "system.posix_acl_access", &acl, flags).unwrap();
+        as_user(ALICE, &[TEAM], || {
+            fs::write(dir.join("file"), "hers").unwrap();
+            fs::create_dir(dir.join("dir")).unwrap();
+            std::os::unix::fs::symlink("x", dir.join("link")).unwrap();
+        });
+        assert_eq!(fs::metadata(dir.join("file")).unwrap().uid(), ALICE);
+        as_user(BOB, &[], || assert_errno(fs::write(dir.join("his"), ""), libc::EACCES));
+    });
+}
+
+#[test]
 fn a_mask_and_default_acls_shape_new_modes() {
     on_both(|root| {
         // Default ACL: user rwx, group r-x, mask rwx, other r--; a named user 1001 with rwx.

@@ -143,12 +143,28 @@ pub fn under(
     evil: impl Fn(&InHeader, &[u8]) -> Deed + Send + Sync + 'static,
     test: impl FnOnce(&Victim<'_>) + Send,
 ) {
-    under_with(None, evil, test);
+    under_with(Terms::default(), evil, test);
 }
 
-/// The same, with a folder for changes if it has a name.
+/// How long the guest may be silent.
+pub const PATIENCE: Duration = Duration::from_millis(1500);
+
+/// What may differ between mounts.
+#[derive(Clone, Copy)]
+pub struct Terms<'a> {
+    /// The folder for changes.
+    pub upper: Option<&'a str>,
+    pub patience: Duration,
+}
+
+impl Default for Terms<'_> {
+    fn default() -> Self {
+        Self { upper: None, patience: PATIENCE }
+    }
+}
+
 pub fn under_with(
-    upper: Option<&str>,
+    terms: Terms<'_>,
     evil: impl Fn(&InHeader, &[u8]) -> Deed + Send + Sync + 'static,
     test: impl FnOnce(&Victim<'_>) + Send,
 ) {
@@ -170,10 +186,10 @@ pub fn under_with(
         std::os::unix::fs::symlink("..", layer.join("whole/up")).unwrap();
         fs::create_dir(place.path("outside")).unwrap();
         let config = Config {
-            patience: Duration::from_millis(1500),
+            patience: terms.patience,
             most_entries: 5000,
             layers: vec![layer],
-            upper: upper.map(|name| place.folder(name)),
+            upper: terms.upper.map(|name| place.folder(name)),
             ..Config::new(root.clone())
         };
         let export = Export::start(&config, streams).unwrap();

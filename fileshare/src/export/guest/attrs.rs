@@ -1,7 +1,6 @@
 //! Attributes: of files, of file systems, extended.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use rustix::fs::{
     AtFlags, CWD, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid, XattrFlags,
@@ -152,10 +151,11 @@ impl Server {
         let node = self.nodes.find(request.header.nodeid)?;
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let _renumbering = self.nodes.renumbering([Arc::clone(&node)]);
-        let set = rustix::fs::setxattr(magic(&*node), name, value, flags);
-        // Afterwards: who opens it meanwhile may still have found none.
-        node.bare.store(false, Ordering::Release);
-        set?;
+        {
+            let mut bare = node.bare.lock().unwrap_or_else(PoisonError::into_inner);
+            *bare = false;
+            rustix::fs::setxattr(magic(&*node), name, value, flags)?;
+        }
         if extra & flag::SETXATTR_ACL_KILL_SGID != 0 && name == c"system.posix_acl_access" {
             let mode = u32::from(stat(&*node)?.stx_mode) & 0o7777 & !libc::S_ISGID;
             rustix::fs::chmodat(CWD, magic(&*node), Mode::from_raw_mode(mode), AtFlags::empty())?;

@@ -1,8 +1,8 @@
 //! Acting as the caller.
 //!
 //! What is made belongs to who asked for it: creation runs with the caller's file system IDs and umask. All
-//! else runs as root; whether the caller may do it was the host kernel's to decide, which knows the caller's
-//! groups and capabilities (mount option `default_permissions`).
+//! else runs as root. Whether the caller may do any of it was the host kernel's to decide, which knows the caller's
+//! groups and capabilities (mount option `default_permissions`); it is not asked here again.
 //!
 //! Invariant: IDs, umask and capabilities are those of one thread ([`own_thread`]) and back as they were when
 //! the guard goes.
@@ -48,7 +48,11 @@ impl Caller {
         setfsgid(Gid::from_raw(self.gid));
         // Last: leaving root drops the capabilities that file systems ask for, and returning restores them.
         setfsuid(Uid::from_raw(self.uid));
-        Ok(ActingAs { groups })
+        let acting = ActingAs { groups };
+        if !self.is_root() {
+            privileges::pass_over_permissions()?;
+        }
+        Ok(acting)
     }
 
     pub(super) fn is_root(&self) -> bool {

@@ -3,8 +3,7 @@
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
@@ -317,10 +316,9 @@ fn make_file(
 
 /// Asked here once, where it costs little, instead of by the host's kernel before the first write.
 fn has_no_capabilities(node: &Node) -> bool {
-    let known = node.bare.load(Ordering::Relaxed);
-    let bare = known || rustix::fs::getxattr_query(magic(node), CAPABILITIES) == Err(Errno::NODATA);
-    node.bare.store(bare, Ordering::Relaxed);
-    bare
+    let mut bare = node.bare.lock().unwrap_or_else(PoisonError::into_inner);
+    *bare = *bare || rustix::fs::getxattr_query(magic(node), CAPABILITIES) == Err(Errno::NODATA);
+    *bare
 }
 
 pub(super) fn is_writable(flags: OFlags) -> bool {

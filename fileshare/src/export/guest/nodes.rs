@@ -16,8 +16,8 @@
 use std::collections::HashMap;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::fs::{AtFlags, Mode, OFlags, Statx, StatxFlags};
@@ -41,8 +41,9 @@ pub(super) struct Node {
     kind: u32,
     /// Whether a copy-up may give it another number.
     several: bool,
-    /// Whether it is known to have no capabilities, and so to keep none from being written to.
-    pub(super) bare: AtomicBool,
+    /// Whether it is known to have no capabilities, and so to keep none from being written to. Held by who asks
+    /// whether it has, and by who gives it some.
+    pub(super) bare: Mutex<bool>,
     /// Whether the host changes it.
     pub(super) lent: Lent,
 }
@@ -293,7 +294,7 @@ impl Table {
             ino: st.stx_ino,
             kind: kind(st),
             several: kind(st) != libc::S_IFDIR && st.stx_nlink > 1,
-            bare: AtomicBool::new(false),
+            bare: Mutex::default(),
             lent: Lent::default(),
         });
         self.by_id.insert(id, Known { node: Arc::clone(&node), refs: 1, renumbered: None });

@@ -300,7 +300,7 @@ impl Server {
             op::COPY_FILE_RANGE => self.copy_file_range(request, answer),
             op::GETLK => self.getlk(request, answer),
             op::SETLK => self.setlk(request),
-            op::INTERRUPT => Ok(()),
+            op::INTERRUPT | op::SIGN => Ok(()),
             _ => Err(Errno::OPNOTSUPP.into()),
         }
     }

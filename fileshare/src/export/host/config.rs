@@ -27,7 +27,8 @@ pub struct Config {
     /// The host's folder that changes land in. What files of it hold is read and written there. `None`: through the
     /// guest. Only with [`Cache::Alone`], and if nobody else changes the folder.
     pub upper: Option<PathBuf>,
-    /// How long the guest may take to answer a request before it is given up for lost. Locks may take longer.
+    /// How long the guest may take to answer a request before it is given up for lost. It may take thirty times that
+    /// if it gives signs of life, and for locks longer still.
     pub patience: Duration,
     /// Which of the guest's exports is mounted.
     pub export: u32,

@@ -26,6 +26,8 @@ const MOST: usize = 1 << 18;
 pub(super) struct Known {
     folders: Mutex<Folders>,
     bare: Mutex<HashSet<u64>>,
+    /// Counts the attributes that were set.
+    dressed: AtomicU64,
 }
 
 /// Names by their hashes: one that is taken for another only costs a turn.
@@ -101,9 +103,17 @@ impl Known {
         folders.names.get(&folder).is_some_and(|names| !names.contains(&hash))
     }
 
-    /// A file has no capabilities.
-    pub(super) fn bare(&self, file: u64) {
+    /// To be asked for before the guest is asked whether a file has capabilities.
+    pub(super) fn dressed(&self) -> u64 {
+        self.dressed.load(Ordering::Acquire)
+    }
+
+    /// A file had no capabilities, `since` then. Nothing is kept if an attribute was set since.
+    pub(super) fn bare(&self, file: u64, since: u64) {
         let mut bare = lock(&self.bare);
+        if self.dressed() != since {
+            return;
+        }
         if bare.len() >= MOST {
             bare.clear();
         }
@@ -111,7 +121,9 @@ impl Known {
     }
 
     fn dress(&self, file: u64) {
-        lock(&self.bare).remove(&file);
+        let mut bare = lock(&self.bare);
+        self.dressed.fetch_add(1, Ordering::AcqRel);
+        bare.remove(&file);
     }
 
     /// Whether a file is known to have no capabilities.
@@ -173,7 +185,7 @@ mod tests {
         let known = Known::default();
         (0..=MOST as u64).for_each(|folder| known.made(folder));
         assert!(lock(&known.folders).names.len() <= MOST);
-        (0..=MOST as u64).for_each(|file| known.bare(file));
+        (0..=MOST as u64).for_each(|file| known.bare(file, 0));
         assert!(lock(&known.bare).len() <= MOST);
         known.made(1);
         (0..=MOST).for_each(|name| known.about_to(op::SYMLINK, 1, name.to_string().as_bytes()));
@@ -183,7 +195,7 @@ mod tests {
     #[test]
     fn a_file_is_bare_until_an_attribute_is_set() {
         let known = Known::default();
-        known.bare(7);
+        known.bare(7, known.dressed());
         assert!(known.is_bare(7) && !known.is_bare(8));
         known.about_to(op::SETXATTR, 7, &[]);
         assert!(!known.is_bare(7));

@@ -14,15 +14,29 @@ use std::sync::Arc;
 
 use super::attrs::Moment;
 use super::device::{Device, Gone};
+use super::known::Known;
 use super::pipe::Pipe;
 use super::question::{changes, handle_places, is_served, made, opens_to_write, put_u64_at, u32_at, u64_at};
 use super::shared::Shared;
 use super::talk::{Errno, Talk, message};
 use crate::export::wire::abi::{
     ATTR, CAPABILITIES, ENTRY_OUT, IN_HEADER, InHeader, MAX_MESSAGE, NAME_MAX, NO_CAPABILITIES, NODEID,
-    OPEN_OUT, OUT_HEADER, flag, folders_after, op,
+    OPEN_OUT, OUT_HEADER, folders_after, op,
 };
 use crate::export::wire::codec::{Put, Take};
+
+/// From before the guest is asked: what is kept of its answer must not be older than what changes it.
+#[derive(Clone, Copy, Debug)]
+struct Before {
+    moment: Option<Moment>,
+    dressed: u64,
+}
+
+impl Before {
+    fn now(shared: &Shared) -> Self {
+        Self { moment: shared.moment(), dressed: shared.known.as_ref().map_or(0, Known::dressed) }
+    }
+}
 
 /// A relay thread's own.
 #[derive(Debug)]
@@ -107,7 +121,7 @@ impl Lane {
     }
 
     pub(super) fn ask_guest(&mut self, header: &InHeader, message: &mut [u8]) -> Result<(), Errno> {
-        self.note_lock(header, message);
+        self.talk.shared.note_lock(header, message);
         self.put_handles(header, message)?;
         let shared = self.shared();
         let changes = changes(header.opcode, &message[IN_HEADER..]);
@@ -117,45 +131,31 @@ impl Lane {
             }
         };
         note(message);
-        let before = shared.moment();
+        let before = Before::now(&shared);
         let answer = self.talk.ask(message);
         note(message);
         let (answer, folders) = part(header.opcode, answer?);
         let (answer, hint) = part_hint(header.opcode, answer);
-        keep_folders(&shared, header, &message[IN_HEADER..], folders, before.map(Moment::after_change));
-        match header.opcode {
-            op::LOOKUP => keep_entry(&shared, answer, before),
-            op::MKDIR => note_made(&shared, u64_at(answer, OUT_HEADER)),
-            op::GETATTR => shared.keep_attr(header.nodeid, &answer[OUT_HEADER + 16..], before),
-            op::OPEN => {
-                let lent = !hint.is_empty();
-                if lent && !shared.upper.lend(header.nodeid, u64_at(answer, OUT_HEADER), hint) {
-                    let handle = u64_at(answer, OUT_HEADER);
-                    return self.open_unlent(header, message, handle);
-                }
-                if u32_at(answer, OUT_HEADER + 12) == NO_CAPABILITIES
-                    || lent && shared.upper.is_bare(header.nodeid)
-                {
-                    note_bare(&shared, header.nodeid);
-                }
-                put_flags(answer, OUT_HEADER, shared.flags.file);
+        let body = &message[IN_HEADER..];
+        keep_folders(&shared, header, body, folders, before.moment.map(Moment::after_change));
+        keep(&shared, header, answer, before);
+        if header.opcode == op::OPEN && !hint.is_empty() {
+            let handle = u64_at(answer, OUT_HEADER);
+            if !shared.upper.lend(header.nodeid, handle, hint) {
+                return self.open_unlent(header, message, handle);
             }
-            op::CREATE | op::TMPFILE => {
-                let node = u64_at(answer, OUT_HEADER);
-                note_bare(&shared, node);
-                if !hint.is_empty() {
-                    // Else it is written through the guest.
-                    shared.upper.lend(node, u64_at(answer, OUT_HEADER + ENTRY_OUT), hint);
-                }
-                put_flags(answer, OUT_HEADER + ENTRY_OUT, shared.flags.file);
+            if shared.upper.is_bare(header.nodeid) {
+                note_bare(&shared, header.nodeid, before);
             }
-            _ => {}
         }
-        if let Some(name) = made(header.opcode, &message[IN_HEADER..]) {
+        put_open_flags(&shared, header.opcode, answer, hint);
+        if let Some(name) = made(header.opcode, body) {
             let entry = &answer[OUT_HEADER..];
             let attr = &entry[ENTRY_OUT - ATTR..ENTRY_OUT];
             shared.told.tell(header.nodeid, name, u64_at(entry, 0), attr);
         }
+        // A lock that another thread's close has made this side forget meanwhile.
+        shared.note_lock(header, message);
         self.device.answer(answer);
         Ok(())
     }
@@ -255,40 +255,31 @@ impl Lane {
         Ok(())
     }
 
-    fn note_lock(&self, header: &InHeader, message: &[u8]) {
-        let body = &message[IN_HEADER..];
-        let locks = matches!(header.opcode, op::SETLK | op::SETLKW | op::GETLK);
-        if locks && u32_at(body, 40) & flag::LK_FLOCK == 0 {
-            self.talk.shared.note_lock(header.nodeid, u64_at(body, 8));
-        }
-    }
-
     /// Whether the process that closes may have had locks, which that drops.
     fn has_locks(&self, header: &InHeader, message: &[u8]) -> bool {
         self.talk.shared.forget_lock(header.nodeid, u64_at(&message[IN_HEADER..], 16))
     }
 
     fn wait(&mut self, header: &InHeader, message: &mut [u8]) {
-        self.note_lock(header, message);
         let shared = self.shared();
+        shared.note_lock(header, message);
         let put = self.put_handles(header, message).and_then(|()| {
             let guest = self.talk.guest_node(header, header.nodeid)?;
             put_u64_at(message, NODEID, guest);
             Ok(())
         });
         match put {
-            Ok(()) if !shared.is_lost() => shared.waits.add(&shared, &self.device, header.unique, message),
+            Ok(()) if !shared.is_lost() => shared.waits.add(&shared, &self.device, header, message),
             Ok(()) => self.device.answer_errno(header.unique, libc::EIO),
             Err(errno) => self.device.answer_errno(header.unique, errno),
         }
     }
 
-    /// Requests on a lane are short: only those that wait are interrupted.
+    /// Requests on a lane are short: only those that wait are interrupted, or are about to.
     fn interrupt(&self, message: &[u8]) {
         let shared = &self.talk.shared;
-        let unique = u64_at(&message[IN_HEADER..], 0);
-        if !shared.is_lost() && !shared.is_in_turn(unique) {
-            shared.waits.interrupt(shared, unique);
+        if !shared.is_lost() {
+            shared.waits.interrupt(shared, u64_at(&message[IN_HEADER..], 0));
         }
     }
 }
@@ -326,9 +317,9 @@ fn keep_folders(shared: &Shared, header: &InHeader, body: &[u8], folders: &[u8],
     }
 }
 
-fn note_bare(shared: &Shared, file: u64) {
+fn note_bare(shared: &Shared, file: u64, before: Before) {
     if let Some(known) = &shared.known {
-        known.bare(file);
+        known.bare(file, before.dressed);
     }
 }
 
@@ -341,6 +332,35 @@ fn note_made(shared: &Shared, folder: u64) {
 fn keep_entry(shared: &Shared, answer: &[u8], then: Option<Moment>) {
     let entry = &answer[OUT_HEADER..];
     shared.keep_attr(u64_at(entry, 0), &entry[ENTRY_OUT - ATTR..ENTRY_OUT], then);
+}
+
+/// Keeps what an answer says for requests to come.
+fn keep(shared: &Shared, header: &InHeader, answer: &[u8], before: Before) {
+    match header.opcode {
+        op::LOOKUP => keep_entry(shared, answer, before.moment),
+        op::MKDIR => note_made(shared, u64_at(answer, OUT_HEADER)),
+        op::GETATTR => shared.keep_attr(header.nodeid, &answer[OUT_HEADER + 16..], before.moment),
+        op::OPEN if u32_at(answer, OUT_HEADER + 12) == NO_CAPABILITIES => {
+            note_bare(shared, header.nodeid, before);
+        }
+        op::CREATE | op::TMPFILE => note_bare(shared, u64_at(answer, OUT_HEADER), before),
+        _ => {}
+    }
+}
+
+/// Completes the answer to what opens a file, and lends one that was made.
+fn put_open_flags(shared: &Shared, opcode: u32, answer: &mut [u8], hint: &[u8]) {
+    match opcode {
+        op::OPEN => put_flags(answer, OUT_HEADER, shared.flags.file),
+        op::CREATE | op::TMPFILE => {
+            if !hint.is_empty() {
+                // Else it is written through the guest.
+                shared.upper.lend(u64_at(answer, OUT_HEADER), u64_at(answer, OUT_HEADER + ENTRY_OUT), hint);
+            }
+            put_flags(answer, OUT_HEADER + ENTRY_OUT, shared.flags.file);
+        }
+        _ => {}
+    }
 }
 
 fn put_flags(answer: &mut [u8], at: usize, flags: u32) {

@@ -50,6 +50,13 @@ pub(super) fn put_u64_at(bytes: &mut [u8], at: usize, value: u64) {
     }
 }
 
+/// As [`put_u64_at`].
+pub(super) fn put_u32_at(bytes: &mut [u8], at: usize, value: u32) {
+    if let Some(place) = bytes.get_mut(at..at + 4) {
+        place.copy_from_slice(&value.to_le_bytes());
+    }
+}
+
 /// Where in a request's body the handles of open files are.
 pub(super) fn handle_places(opcode: u32, body: &[u8]) -> &'static [usize] {
     match opcode {

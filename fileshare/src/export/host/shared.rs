@@ -12,16 +12,19 @@ use super::evict::Told;
 use super::export::Streams;
 use super::known::Known;
 use super::lazy::Lazies;
-use super::question::{names_taken, u64_at};
+use super::question::{names_taken, u32_at, u64_at};
 use super::served::Served;
 use super::shortcut::Shortcut;
 use super::upper::Upper;
 use super::waits::Waits;
-use crate::export::wire::abi::{IN_HEADER, InHeader, node_places, op};
+use crate::export::wire::abi::{IN_HEADER, InHeader, flag, node_places, op};
 use crate::export::wire::stream::Stream;
 
 /// How many (file, owner) pairs are known to have had locks. With more, every close is told to the guest.
 const MOST_LOCKED: usize = 1 << 16;
+
+/// How much longer than a silent guest one may work on a request that gives signs of life: an hour of it.
+const ENDLESS: u32 = 30;
 
 /// One mount's state.
 #[derive(Debug)]
@@ -61,7 +64,6 @@ pub(super) struct OpenFlags {
 #[derive(Debug)]
 pub(super) struct Turn {
     pub(super) stream: Stream,
-    unique: AtomicU64,
     since: AtomicU64,
 }
 
@@ -87,7 +89,7 @@ pub enum Lost {
 
 impl Turn {
     pub(super) fn new(stream: Stream) -> Self {
-        Self { stream, unique: AtomicU64::new(0), since: AtomicU64::new(0) }
+        Self { stream, since: AtomicU64::new(0) }
     }
 }
 
@@ -123,32 +125,37 @@ impl Shared {
     }
 
     /// A lane begins to wait for the guest.
-    pub(super) fn begin(&self, lane: usize, unique: u64) {
-        self.lanes[lane].unique.store(unique, Ordering::Relaxed);
+    pub(super) fn begin(&self, lane: usize) {
         self.lanes[lane].since.store(self.now(), Ordering::Relaxed);
     }
 
     /// A lane's turn is over.
     pub(super) fn end(&self, lane: usize) {
         self.lanes[lane].since.store(0, Ordering::Relaxed);
-        self.lanes[lane].unique.store(0, Ordering::Relaxed);
     }
 
-    /// Whether some lane works on this request.
-    pub(super) fn is_in_turn(&self, unique: u64) -> bool {
-        self.lanes.iter().any(|lane| lane.unique.load(Ordering::Relaxed) == unique)
-    }
-
-    /// Gives the guest up if a lane has waited for too long.
+    /// Gives the guest up if a lane has waited for too long, and there was no sign of life either, or for much too
+    /// long: a large file's copy-up takes its time.
     pub(super) fn check_patience(&self) {
+        let waited = self.waited();
+        let half = self.patience / 2;
+        if waited < half {
+            return;
+        }
+        let dead = self.waits.ask_for_sign(self) > half && waited > self.patience;
+        if dead || waited > self.patience * ENDLESS {
+            self.give_up(Lost::Silent(waited));
+        }
+    }
+
+    /// How long the lane has waited that waits for longest.
+    fn waited(&self) -> Duration {
         let now = self.now();
         let waited = self.lanes.iter().map(|lane| match lane.since.load(Ordering::Relaxed) {
             0 => 0,
             since => now.saturating_sub(since),
         });
-        if waited.max().unwrap_or(0) > self.patience.as_millis() as u64 {
-            self.give_up(Lost::Silent(self.patience));
-        }
+        Duration::from_millis(waited.max().unwrap_or(0))
     }
 
     /// Milliseconds, never 0.
@@ -234,8 +241,15 @@ impl Shared {
         Some(self.remember.attr_out(&attr))
     }
 
-    /// Remembers that closing this file has to be told to the guest.
-    pub(super) fn note_lock(&self, node: u64, owner: u64) {
+    /// If a request is for an fcntl lock, remembers that closing the file has to be told to the guest. To be noted
+    /// when it is asked for and when it is granted: another thread's close in between is not this one's.
+    pub(super) fn note_lock(&self, header: &InHeader, message: &[u8]) {
+        let body = &message[IN_HEADER..];
+        let locks = matches!(header.opcode, op::SETLK | op::SETLKW | op::GETLK);
+        if !locks || u32_at(body, 40) & flag::LK_FLOCK != 0 {
+            return;
+        }
+        let (node, owner) = (header.nodeid, u64_at(body, 8));
         let mut locked = lock(&self.locked);
         if locked.pairs.len() < MOST_LOCKED {
             locked.pairs.insert((node, owner));

@@ -57,7 +57,7 @@ impl Talk {
     /// A turn begins.
     pub(super) fn begin(&self, question: &Question) {
         self.shared.turns.count(question.opcode);
-        self.shared.begin(self.lane, question.unique);
+        self.shared.begin(self.lane);
     }
 
     pub(super) fn end(&self) {

@@ -64,6 +64,8 @@ pub mod op {
     /// Ours: look up names one below the other, each of which a NUL ends. Answered by an entry for each, or an error.
     /// The next request may mean these nodes by their place among the names ([`super::FOUND`]).
     pub const FIND: u32 = 0x8003;
+    /// Ours: a sign of life. `0:u64`, answered by nothing but that.
+    pub const SIGN: u32 = 0x8004;
 }
 
 /// Whether a message is never answered. On the wire this holds for releases too: the kernel waits for no
