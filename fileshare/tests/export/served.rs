@@ -1,7 +1,7 @@
 //! Folders of one lower layer, served by the host: found without the guest, changed through it, and the same files
 //! before and after.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -365,6 +365,36 @@ fn nodes_that_are_open_nowhere_are_not_forgotten_for_want_of_open_files() {
         }
         // These the guest has open.
         super::rig::eventually_fewer(&mounted, 200);
+        mounted.unmount();
+    });
+}
+
+#[test]
+fn a_listing_from_the_kernel_s_cache_goes_on_when_the_cache_is_gone() {
+    in_private_namespace(|| {
+        let place = Place::new();
+        let lower = place.folder("lower");
+        fs::create_dir(lower.join("many")).unwrap();
+        let name = |at: u32| format!("{at}-{}", "x".repeat(60));
+        (0..3000).for_each(|at| drop(File::create(lower.join("many").join(name(at))).unwrap()));
+        let merged = place.overlay("union", &lower);
+        let layers = Layers::open(Some(&place.path("union/upper")), std::slice::from_ref(&lower)).unwrap();
+        let server = Server::new(&merged).unwrap().with_layers(layers);
+        let config = Config { layers: vec![lower], ..Config::new(place.folder("mnt")) };
+        let mounted = Mounted::serve(server, config);
+        let many = mounted.path("many");
+        let list =
+            || fs::read_dir(&many).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let changes: [fn(&Path); 2] = [|_| forget(), |many| drop(File::create(many.join("new")).unwrap())];
+        for change in changes {
+            assert!(list().count() >= 3000);
+            let mut slow = list();
+            let mut seen: BTreeSet<_> = slow.by_ref().take(10).collect();
+            change(&many);
+            assert!(list().count() >= 3000);
+            seen.extend(slow);
+            assert_eq!((0..3000).find(|at| !seen.contains(&name(*at))), None);
+        }
         mounted.unmount();
     });
 }

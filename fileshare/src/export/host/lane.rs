@@ -94,7 +94,7 @@ impl Lane {
             op::OPEN if !opens_to_write(u32_at(&message[IN_HEADER..], 0)) => {
                 return self.open_here(&header, self.talk.shared.flags.file);
             }
-            op::OPENDIR => return self.open_here(&header, self.talk.shared.flags.folder),
+            op::OPENDIR => return self.open_here(&header, self.folder_flags(header.nodeid)),
             op::RELEASE | op::RELEASEDIR => self.release(message),
             op::FLUSH if !self.has_locks(&header, message) => Ok(()),
             op::SETLKW => return self.wait(&header, message),
@@ -223,6 +223,12 @@ impl Lane {
         };
         forgotten.iter().for_each(|(node, count)| self.talk.shared.told.forgotten(*node, *count));
         self.talk.forget_counted(forgotten.into_iter());
+    }
+
+    /// The kernel keeps no listing of a folder that was the host's to list: it would not know whose offsets it has.
+    fn folder_flags(&self, folder: u64) -> u32 {
+        let shared = &self.talk.shared;
+        if shared.served.is_moved(folder) { 0 } else { shared.flags.folder }
     }
 
     fn open_here(&self, header: &InHeader, flags: u32) {

@@ -70,12 +70,17 @@ impl Lane {
         state: &mut State,
     ) -> Result<bool, Errno> {
         let shared = self.shared();
-        if !is_own(header.nodeid) || shared.is_lost() || !(wanted.offset == 0 || state.begun) {
+        // What begins in the middle began in the kernel's cache, which was filled from here.
+        let begun = state.begun || wanted.offset != 0 && state.guest.is_none();
+        if !is_own(header.nodeid) || shared.is_lost() || !(wanted.offset == 0 || begun) {
             return Ok(false);
         }
         let changes = shared.changes();
-        let listing = shared.served.list(header.nodeid, wanted.offset, TOGETHER, state.begun);
-        let Some((listed, whole)) = listing else { return Ok(false) };
+        let listing = shared.served.list(header.nodeid, wanted.offset, TOGETHER, begun);
+        let Some((listed, whole)) = listing else {
+            // The guest counts a folder's entries in its own way.
+            return if begun { Err(libc::EIO) } else { Ok(false) };
+        };
         if whole && wanted.offset == 0 {
             let names = listed.iter().map(|one| one.raw.name.to_bytes());
             shared.keep_names(header.nodeid, names, changes);

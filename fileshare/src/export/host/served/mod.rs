@@ -15,6 +15,7 @@
 //! 2. Names by which nodes are not yet bound are those of the union: who moves or removes one binds it before, and
 //!    waits for whoever is just binding by its name, or binds it with the removal while nobody else binds.
 //! 3. A node stays while the kernel knows it, or one below it.
+//! 4. A folder that the kernel was told of by the guest's number keeps it until the kernel has forgotten it.
 
 mod table;
 #[cfg(test)]
@@ -71,6 +72,15 @@ pub(super) type Listing = (Vec<Listed>, bool);
 
 pub(super) fn is_own(nodeid: u64) -> bool {
     nodeid >= OWN_NODES
+}
+
+/// Whether the host serves such a file, in a folder that it serves.
+fn is_usual(attr: &Attr) -> bool {
+    match attr.kind() {
+        libc::S_IFDIR => true,
+        libc::S_IFREG | libc::S_IFLNK => attr.nlink == 1,
+        _ => false,
+    }
 }
 
 impl Served {
@@ -151,6 +161,11 @@ impl Served {
         Some((listed, whole))
     }
 
+    /// Whether it was served once, and is the guest's to list now.
+    pub(super) fn is_moved(&self, folder: u64) -> bool {
+        is_own(folder) && self.table().nodes.get(&folder).is_some_and(|own| own.moved)
+    }
+
     /// What is known of a node that is as it lies in the layer.
     fn unchanged<T>(&self, id: u64, what: impl FnOnce(&Own) -> T) -> Option<T> {
         self.table().nodes.get(&id).filter(|own| !own.changed).map(what)
@@ -184,12 +199,7 @@ impl Served {
 
     /// A node is about to be changed, or was: so are the folders that it is in, which an overlay copies up with it.
     pub(super) fn change(&self, id: u64) {
-        let mut table = self.table();
-        let mut next = id;
-        while let Some(own) = table.nodes.get_mut(&next) {
-            own.changed = true;
-            next = own.parent;
-        }
+        self.table().change(id);
     }
 
     /// A name in a folder is about to be made, moved or removed. From now on it is the guest's to tell what names
@@ -280,13 +290,24 @@ impl Served {
             return unknown;
         }
         let mut table = self.table();
+        if table.is_plain(told.nodeid) {
+            table.tell_plain(told);
+            return unknown;
+        }
         if let Some(settled) = table.settle(folder, name, told) {
             return settled;
         }
+        if is_usual(&told.attr) {
+            // It could not be looked at here, and now is another node than it would be here.
+            table.give_up(folder);
+        }
         drop(table);
         let whole = pure.and_then(|(layer, path)| self.whole(Place::of(layer, path), &told.attr));
-        let Some((place, bare)) = whole else { return unknown };
         let mut table = self.table();
+        let Some((place, bare)) = whole else {
+            table.tell_plain(told);
+            return unknown;
+        };
         if let Some(settled) = table.settle(folder, name, told) {
             return settled;
         }
@@ -313,7 +334,13 @@ impl Served {
 
     /// The kernel forgot so often; the guest's nodes of which it need not keep them any more, and how often it told.
     pub(super) fn forget(&self, id: u64, count: u64) -> Vec<(u64, u64)> {
-        if is_own(id) { self.table().forget(id, count) } else { vec![(id, count)] }
+        if is_own(id) {
+            return self.table().forget(id, count);
+        }
+        if self.serves() {
+            self.table().forget_plain(id, count);
+        }
+        vec![(id, count)]
     }
 
     #[cfg(test)]

@@ -12,6 +12,8 @@ use crate::export::wire::abi::{Attr, Entry, OWN_NODES};
 pub(super) struct Table {
     pub(super) nodes: HashMap<u64, Own>,
     pub(super) by_guest: HashMap<u64, u64>,
+    /// The folders that the kernel knows by the guest's numbers, and how often it was told.
+    plain: HashMap<u64, u64>,
     last: u64,
 }
 
@@ -82,6 +84,43 @@ impl Table {
 
     pub(super) fn named(&self, folder: u64, name: &[u8]) -> Option<u64> {
         self.nodes.get(&folder)?.names.get(name).copied()
+    }
+
+    /// A node may differ from what lies in the layer, and so may the folders that it is in.
+    pub(super) fn change(&mut self, id: u64) {
+        let mut next = id;
+        while let Some(own) = self.nodes.get_mut(&next) {
+            own.changed = true;
+            next = own.parent;
+        }
+    }
+
+    /// Leaves a folder to the guest from now on.
+    pub(super) fn give_up(&mut self, folder: u64) {
+        if let Some(own) = self.nodes.get_mut(&folder) {
+            own.moved = true;
+            self.change(folder);
+        }
+    }
+
+    pub(super) fn is_plain(&self, guest: u64) -> bool {
+        self.plain.contains_key(&guest)
+    }
+
+    /// The kernel is told of something by the guest's number.
+    pub(super) fn tell_plain(&mut self, told: &Entry) {
+        if told.attr.kind() == libc::S_IFDIR {
+            *self.plain.entry(told.nodeid).or_default() += 1;
+        }
+    }
+
+    pub(super) fn forget_plain(&mut self, guest: u64, count: u64) {
+        if let Some(told) = self.plain.get_mut(&guest) {
+            *told = told.saturating_sub(count);
+            if *told == 0 {
+                self.plain.remove(&guest);
+            }
+        }
     }
 
     /// The kernel is told of a node that is as it was; of others the guest tells.

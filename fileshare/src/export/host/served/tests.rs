@@ -44,7 +44,24 @@ fn what_the_guest_says_is_compared_with_the_layer() {
     }
     let merged = Entry { attr: Attr { nlink: 1, ..entry.attr }, ..entry };
     assert_eq!(served.settle(1, b"x", &merged, Some((0, b"dir/sub"))).id, 8);
-    assert!(is_own(served.settle(1, b"x", &entry, Some((0, b"dir/sub"))).id));
+    let again = || served.settle(1, b"x", &entry, Some((0, b"dir/sub"))).id;
+    assert_eq!(again(), 8, "the kernel knows it by this number");
+    served.forget(8, 8);
+    assert!(is_own(again()));
+}
+
+#[test]
+fn a_folder_of_which_the_guest_tells_what_the_host_should_have_is_left_to_it() {
+    let (dir, served, id) = layer();
+    let sub = here(served.look(id, b"sub"));
+    let linked =
+        Entry { attr: Attr { nlink: 2, ..told(30, &dir.path().join("dir/sub/file")).attr }, nodeid: 30 };
+    assert_eq!(served.settle(sub, b"linked", &linked, None).id, 30);
+    assert_eq!(served.look(sub, b"none"), Look::Absent, "of such files it tells always");
+    let file = told(31, &dir.path().join("dir/sub/file"));
+    assert_eq!(served.settle(sub, b"file", &file, None).id, 31);
+    assert_eq!(served.look(sub, b"file"), Look::Guest);
+    assert!(served.is_moved(sub) && served.attr(id).is_none() && !served.is_moved(id));
 }
 
 #[test]
