@@ -101,6 +101,7 @@ fn asked(mounted: &Mounted) -> BTreeMap<u32, u64> {
 
 #[test]
 fn a_tree_is_as_the_overlay_shows_it_and_the_guest_is_asked_for_merged_folders_only() {
+    let _kept = REMEMBERED.write();
     on_union(|mounted, place| {
         assert_eq!(tree(&mounted.root), tree(&place.path("merged")));
         let asked = asked(mounted);
@@ -115,6 +116,7 @@ fn a_tree_is_as_the_overlay_shows_it_and_the_guest_is_asked_for_merged_folders_o
 
 #[test]
 fn names_are_found_without_a_listing() {
+    let _kept = REMEMBERED.write();
     on_union(|mounted, _| {
         assert_eq!(fs::read(mounted.path("dir/sub/two")).unwrap(), b"dir/sub two");
         assert_errno(fs::metadata(mounted.path("dir/sub/none")), libc::ENOENT);
@@ -284,6 +286,7 @@ fn writers_movers_and_readers_at_once_see_one_tree() {
 
 #[test]
 fn what_is_found_for_a_change_takes_no_turn_of_its_own() {
+    let _kept = REMEMBERED.write();
     on_union(|mounted, place| {
         for name in ["sub/one", "sub/two", "empty", "file"] {
             fs::metadata(mounted.path("dir").join(name)).unwrap();

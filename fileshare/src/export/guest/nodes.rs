@@ -77,7 +77,7 @@ pub(super) struct Nodes {
     table: RwLock<Table>,
     /// Held shared from when a file's number is read until its node is found.
     numbers: RwLock<()>,
-    twins: Option<OwnedFd>,
+    twins: OwnedFd,
     /// Counts the times that a file was looked at before it was forgotten.
     refreshed: AtomicU64,
 }
@@ -155,7 +155,7 @@ impl Nodes {
         Ok(Self {
             table: RwLock::new(table),
             numbers: RwLock::default(),
-            twins: inotify::init(CreateFlags::CLOEXEC).ok(),
+            twins: inotify::init(CreateFlags::CLOEXEC)?,
             refreshed: AtomicU64::new(0),
         })
     }
@@ -193,7 +193,7 @@ impl Nodes {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = rustix::fs::openat(folder, name, flags, Mode::empty()).ok()?;
         let table = self.read();
-        let id = self.known(&table, &file, &st)?;
+        let id = self.known(&table, &file, &st).ok()??;
         table.by_id.get(&id).map(|known| Arc::clone(&known.node))
     }
 
@@ -202,7 +202,7 @@ impl Nodes {
         let refreshed = self.refreshed.load(Ordering::Acquire);
         let numbers = self.numbers.read().unwrap_or_else(PoisonError::into_inner);
         let st = stat(&file)?;
-        let node = self.admit_stat(file, &st);
+        let node = self.admit_stat(file, &st)?;
         drop(numbers);
         // What was lent may have been looked at and forgotten since.
         let changed = self.refreshed.load(Ordering::Acquire) != refreshed;
@@ -212,36 +212,37 @@ impl Nodes {
         Ok((node, attr))
     }
 
-    fn admit_stat(&self, file: OwnedFd, st: &Statx) -> Arc<Node> {
+    fn admit_stat(&self, file: OwnedFd, st: &Statx) -> Result<Arc<Node>> {
         let mut table = self.write();
-        match self.known(&table, &file, st) {
-            Some(id) => table.again(id),
-            None => None,
-        }
-        .unwrap_or_else(|| table.insert(file, st))
+        let known = self.known(&table, &file, st)?.and_then(|id| table.again(id));
+        Ok(known.unwrap_or_else(|| table.insert(file, st)))
     }
 
-    fn known(&self, table: &Table, file: &OwnedFd, st: &Statx) -> Option<u64> {
-        let candidates = table.by_key.get(&Key::of(st))?;
+    fn known(&self, table: &Table, file: &OwnedFd, st: &Statx) -> Result<Option<u64>> {
+        let Some(candidates) = table.by_key.get(&Key::of(st)) else { return Ok(None) };
         if st.stx_nlink < 2 || kind(st) == libc::S_IFDIR {
-            return candidates.first().copied();
+            return Ok(candidates.first().copied());
         }
-        candidates
-            .iter()
-            .copied()
-            .find(|id| table.by_id.get(id).is_some_and(|known| self.same(&known.node, file)))
+        for id in candidates {
+            if let Some(known) = table.by_id.get(id)
+                && self.same(&known.node, file)?
+            {
+                return Ok(Some(*id));
+            }
+        }
+        Ok(None)
     }
 
     /// Whether two descriptors with one inode number are one inode: then a watch on either is the same watch.
-    fn same(&self, node: &Node, file: &OwnedFd) -> bool {
-        let Some(twins) = &self.twins else { return true };
-        let watch = |path: String| inotify::add_watch(twins, path, QUIET);
-        let (Ok(one), Ok(other)) = (watch(magic(node)), watch(magic(file))) else { return true };
-        for wd in [one, other] {
+    fn same(&self, node: &Node, file: &OwnedFd) -> Result<bool> {
+        let watch = |path: String| inotify::add_watch(&self.twins, path, QUIET);
+        let one = watch(magic(node))?;
+        let other = watch(magic(file));
+        for wd in [Some(one), other.ok()].into_iter().flatten() {
             // The second removal finds nothing when the watches were one.
-            let _ = inotify::remove_watch(twins, wd);
+            let _ = inotify::remove_watch(&self.twins, wd);
         }
-        one == other
+        Ok(one == other?)
     }
 
     /// Tells the host of a node once more.

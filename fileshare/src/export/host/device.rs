@@ -17,6 +17,9 @@ use crate::export::wire::codec::Put;
 /// `FUSE_NOTIFY_INVAL_ENTRY`, which stands where answers have their error.
 const NOTIFY_INVAL_ENTRY: i32 = 3;
 
+/// `FUSE_NOTIFY_PRUNE`.
+const NOTIFY_PRUNE: i32 = 9;
+
 /// A descriptor of a connection to the kernel.
 #[derive(Debug)]
 pub(super) struct Device(pub(super) OwnedFd);
@@ -89,6 +92,21 @@ impl Device {
         // From an offset before the file's beginning: its contents stay.
         message.u64(nodeid).u64(u64::MAX).u64(0);
         self.answer(&message);
+    }
+
+    /// Asks the kernel to forget nodes that nothing uses; `false` if it cannot be asked that: before Linux 6.18.
+    pub(super) fn prune(&self, nodes: &[u64]) -> Result<bool, Gone> {
+        let mut message = Vec::with_capacity(OUT_HEADER + 16 + nodes.len() * 8);
+        let len = (OUT_HEADER + 16 + nodes.len() * 8) as u32;
+        OutHeader { len, error: NOTIFY_PRUNE, unique: 0 }.put(&mut message);
+        message.u32(nodes.len() as u32).u32(0).u64(0);
+        for node in nodes {
+            message.u64(*node);
+        }
+        match rustix::io::write(&self.0, &message) {
+            Err(Errno::NODEV | Errno::CONNABORTED | Errno::NOTCONN | Errno::PERM) => Err(Gone),
+            written => Ok(written.is_ok()),
+        }
     }
 
     /// Asks the kernel to forget what it knows under a name.

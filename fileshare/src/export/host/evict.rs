@@ -3,10 +3,12 @@
 //!
 //! ```text
 //!   lookup, create, listing ──> kernel knows one more; its name at the queue's end
-//!   too many ──> a thread of its own: "forget this name", oldest first ──> kernel ── FORGET ──> guest
+//!   too many ──> a thread of its own: "forget these", oldest first ──> kernel ── FORGET ──> guest
 //! ```
 //!
-//! Folders are not evicted: with one goes all that is mounted below it. A file in use stays known, without its name.
+//! What is in use stays known. Kernels before 6.18 can only be told to forget names: there a file in use stays known
+//! without its name, and what is mounted on a file goes. Folders are not evicted: with one would go all that is
+//! mounted below it.
 //!
 //! Invariant: nobody waits for an eviction. The kernel locks the folder for it, which may be held by one who waits
 //! for the guest.
@@ -24,6 +26,9 @@ use crate::export::wire::codec::Take;
 /// How many nodes of the host's own the kernel may know: they are open nowhere, and cost memory only.
 const MOST_OWN: u64 = 1 << 18;
 
+/// How many the kernel is asked to forget with one message.
+const AT_ONCE: usize = 256;
+
 /// What the kernel knows: the guest's nodes, and the host's own.
 #[derive(Debug)]
 pub(super) struct Told {
@@ -36,7 +41,15 @@ struct Kind {
     most: u64,
     /// How often it was told of a node and has not forgotten.
     count: AtomicU64,
-    names: Mutex<VecDeque<(u64, Box<[u8]>)>>,
+    names: Mutex<VecDeque<Named>>,
+}
+
+/// What the kernel was told of.
+#[derive(Debug)]
+struct Named {
+    folder: u64,
+    name: Box<[u8]>,
+    node: u64,
 }
 
 impl Told {
@@ -91,7 +104,7 @@ impl Kind {
         let is_file = Attr::take(&mut Take::new(attr)).is_ok_and(|attr| attr.kind() != libc::S_IFDIR);
         if is_file && name.len() <= NAME_MAX {
             let mut names = lock(&self.names);
-            names.push_back((folder, name.into()));
+            names.push_back(Named { folder, name: name.into(), node: nodeid });
             // Names of what was forgotten for other reasons.
             while names.len() as u64 > 2 * self.count().max(self.most) {
                 names.pop_front();
@@ -108,12 +121,28 @@ impl Kind {
             return Ok(());
         }
         // Some room, so that it is not done for each single file.
-        for _ in 0..self.count().saturating_sub(most - most / 8) {
-            let Some((folder, name)) = lock(&self.names).pop_front() else { return Ok(()) };
-            device.forget_name(folder, &name)?;
+        let mut left = self.count().saturating_sub(most - most / 8) as usize;
+        while left > 0 {
+            let mut names = lock(&self.names);
+            let count = left.min(AT_ONCE).min(names.len());
+            let oldest: Vec<_> = names.drain(..count).collect();
+            drop(names);
+            if oldest.is_empty() {
+                return Ok(());
+            }
+            forget(device, &oldest)?;
+            left -= count;
         }
         Ok(())
     }
+}
+
+fn forget(device: &Device, all: &[Named]) -> Result<(), Gone> {
+    let nodes: Vec<_> = all.iter().map(|one| one.node).collect();
+    if device.prune(&nodes)? {
+        return Ok(());
+    }
+    all.iter().try_for_each(|one| device.forget_name(one.folder, &one.name))
 }
 
 #[cfg(test)]

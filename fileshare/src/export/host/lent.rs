@@ -66,7 +66,10 @@ impl Lane {
                         self.changing(header, body, || write(&file, header, body))
                     }
                     op::FALLOCATE => self.changing(header, body, || allocate(&file, header, body)),
-                    op::FSYNC => sync(&file, body),
+                    op::FSYNC => {
+                        let (handle, done) = (u64_at(body, 0), sync(&file, body));
+                        shared.upper.synced(header.nodeid, handle, done, libc::EIO).map(|()| Some(Vec::new()))
+                    }
                     _ => seek(&file, body),
                 }
             }
@@ -200,10 +203,10 @@ fn allocate(file: &UpperFile, header: &InHeader, body: &[u8]) -> Done {
     Ok(Some(Vec::new()))
 }
 
-fn sync(file: &UpperFile, body: &[u8]) -> Done {
+fn sync(file: &UpperFile, body: &[u8]) -> Result<(), Errno> {
     let data_only = u32_at(body, 8) & flag::FSYNC_FDATASYNC != 0;
     let done = if data_only { rustix::fs::fdatasync(file) } else { rustix::fs::fsync(file) };
-    done.map(|()| Some(Vec::new())).map_err(errno)
+    done.map_err(errno)
 }
 
 fn seek(file: &UpperFile, body: &[u8]) -> Done {

@@ -34,7 +34,8 @@ pub(super) fn settle(served: &Served, header: &InHeader, request: &[u8], body: &
             let (Some(name), Ok(entry)) = (made(opcode, request), Entry::take_completed(body)) else {
                 return;
             };
-            let settled = served.settle(header.nodeid, name, &entry, pure_part(body));
+            let pure = if opcode == op::LOOKUP { pure_part(body) } else { None };
+            let settled = served.settle(header.nodeid, name, &entry, pure);
             put(body, settled);
         }
     }

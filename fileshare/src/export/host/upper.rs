@@ -16,7 +16,7 @@
 //!    A guest that lies gets one upper file for another, which it could write to as well.
 //! 2. Without an upper folder nothing is opened to be written to.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -48,7 +48,10 @@ pub(super) struct Upper {
 #[derive(Debug)]
 struct Lent {
     file: Arc<UpperFile>,
-    handles: HashSet<u64>,
+    /// Each with how many of the failed syncs it was told of.
+    handles: HashMap<u64, u64>,
+    /// How many syncs failed. This file's kernel tells of an error once, and here is one file for all handles.
+    failed: u64,
 }
 
 /// An upper file, open on the host.
@@ -95,11 +98,11 @@ impl Upper {
     pub(super) fn lend(&self, nodeid: u64, handle: u64, hint: &[u8]) -> bool {
         let mut lent = lock(&self.lent);
         if let Some(known) = lent.get_mut(&nodeid) {
-            known.handles.insert(handle);
+            known.handles.insert(handle, known.failed);
             return true;
         }
         let Some(file) = self.follow(hint, OFlags::RDWR) else { return false };
-        lent.insert(nodeid, Lent { file, handles: HashSet::from([handle]) });
+        lent.insert(nodeid, Lent { file, handles: HashMap::from([(handle, 0)]), failed: 0 });
         true
     }
 
@@ -117,6 +120,16 @@ impl Upper {
         // Closing can take long: after the lock.
         drop(lent);
         drop(gone);
+    }
+
+    /// What a sync by one of the handles is to say that went as `done`: an error is told to each once.
+    pub(super) fn synced<E>(&self, nodeid: u64, handle: u64, done: Result<(), E>, error: E) -> Result<(), E> {
+        let mut lent = lock(&self.lent);
+        let Some(known) = lent.get_mut(&nodeid) else { return done };
+        known.failed += u64::from(done.is_err());
+        let Some(told) = known.handles.get_mut(&handle) else { return done };
+        let news = std::mem::replace(told, known.failed) < known.failed;
+        if news && done.is_ok() { Err(error) } else { done }
     }
 
     /// Opens the file that a hint names, to read it.
@@ -240,5 +253,23 @@ mod tests {
         assert!(!upper.lend(7, 1, &hint));
         all.pop();
         assert!(upper.lend(7, 1, &hint));
+    }
+
+    #[test]
+    fn a_failed_sync_is_told_to_each_handle_once() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file"), "").unwrap();
+        let upper = Upper::open(Some(dir.path())).unwrap();
+        let hint = hint("file", &dir.path().join("file"));
+        assert!(upper.lend(7, 1, &hint) && upper.lend(7, 2, &hint));
+        let sync = |handle, done| upper.synced(7, handle, done, "elsewhere");
+        assert_eq!(sync(1, Ok(())), Ok(()));
+        assert_eq!(sync(1, Err("here")), Err("here"));
+        assert!(upper.lend(7, 3, &hint));
+        assert_eq!(
+            [1, 2, 2, 3].map(|handle| sync(handle, Ok(()))),
+            [Ok(()), Err("elsewhere"), Ok(()), Ok(())]
+        );
+        assert_eq!(upper.synced(8, 1, Err("here"), "elsewhere"), Err("here"), "not lent");
     }
 }
