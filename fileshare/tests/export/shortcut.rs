@@ -136,3 +136,49 @@ fn a_file_that_was_changed_where_it_is_now_is_not_read_where_it_was() {
         assert_eq!(fs::read(mounted.path("moved/big")).unwrap()[4 << 20..(4 << 20) + 4], *b"new!");
     });
 }
+
+#[test]
+fn what_nobody_can_change_is_read_by_the_kernel_itself() {
+    in_private_namespace(|| {
+        let place = Place::new();
+        let (top, base) = (place.folder("top"), place.folder("base"));
+        let large: Vec<u8> = (0..700_000u32).map(|at| (at % 251) as u8).collect();
+        for name in ["large", "listed"] {
+            fs::write(base.join(name), &large).unwrap();
+        }
+        fs::write(base.join("small"), "small").unwrap();
+        fs::write(top.join("other"), "").unwrap();
+        let merged = place.folder("merged");
+        let options = format!("lowerdir={}:{}", top.display(), base.display());
+        let options = std::ffi::CString::new(options).unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("overlay", &merged, "overlay", flags, Some(options.as_c_str())).unwrap();
+        let lowers = vec![top, base];
+        let server = Server::new(&merged).unwrap().with_layers(Layers::open(None, &lowers).unwrap());
+        let restrictions = rustix::mount::MountAttrFlags::MOUNT_ATTR_RDONLY;
+        let config = Config { layers: lowers, restrictions, ..Config::new(place.folder("mnt")) };
+        let mounted = Mounted::serve(server, config);
+        let reads = || {
+            let turns = mounted.export().turns();
+            (mounted.export().figures().host_reads, turns.iter().any(|(opcode, _)| *opcode == op::READ))
+        };
+        let early = File::open(mounted.path("small")).unwrap();
+        for name in ["large", "large", "listed"] {
+            let (one, other) =
+                (File::open(mounted.path(name)).unwrap(), File::open(mounted.path(name)).unwrap());
+            for file in [&one, &other] {
+                let mut bytes = vec![0; large.len() + 1];
+                let mut done = 0;
+                while let Ok(count @ 1..) = file.read_at(&mut bytes[done..], done as u64) {
+                    done += count;
+                }
+                assert!(bytes[..done] == large, "{name} holds something else");
+            }
+            fs::read_dir(&mounted.root).unwrap().for_each(drop);
+        }
+        assert_eq!(reads(), (0, false));
+        assert_eq!(fs::read(mounted.path("small")).unwrap(), b"small");
+        drop(early);
+        mounted.unmount();
+    });
+}

@@ -10,7 +10,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::pipe::SpliceFlags;
 
-use crate::export::sys;
+use crate::export::sys::{self, Backing};
 use crate::export::wire::abi::{OUT_HEADER, OutHeader};
 use crate::export::wire::codec::Put;
 
@@ -39,6 +39,21 @@ impl Device {
         let other = Self::open()?;
         sys::clone_connection(&other.0, &self.0)?;
         Ok(other)
+    }
+
+    /// Has the kernel keep a file for opens to mean; `None` if it does not want to, as where the file lies on a
+    /// stacked file system, or without CAP_SYS_ADMIN.
+    pub(super) fn register(&self, file: &OwnedFd) -> Option<Backing> {
+        sys::backing_open(&self.0, file)
+            .inspect_err(|error| tracing::debug!(%error, "a file is not read by the kernel itself"))
+            .ok()
+    }
+
+    /// Takes a kept file back.
+    pub(super) fn unregister(&self, backing: &Backing) {
+        if let Err(error) = sys::backing_close(&self.0, backing) {
+            tracing::warn!(%error, "the kernel keeps a file of a layer open");
+        }
     }
 
     /// Waits for the next request.

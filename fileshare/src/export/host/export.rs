@@ -18,12 +18,13 @@ use std::time::Duration;
 use super::beneath::Beneath;
 use super::config::{Cache, Config, Writes};
 use super::device::{Device, Gone};
-use super::init::{InitError, Offer, asked};
+use super::init::{InitError, Offer, asked, of_kernel};
 use super::lane::Lane;
 use super::mount::{Apart, Cut, MountError};
 use super::served::Served;
 use super::shared::{Lost, OpenFlags, Shared};
 use super::shortcut::Shortcut;
+use super::through::Through;
 use super::upper::Upper;
 use crate::export::wire::abi::{MAX_MESSAGE, feature, flag, name, op};
 use crate::export::wire::hello::{Hello, HelloError, Lane as Kind, VERSION};
@@ -120,8 +121,10 @@ impl Export {
         let upper = Upper::open(config.upper.as_deref()).map_err(StartError::Upper)?;
         let features = greet(config, &streams)?;
         let apart = Apart::make(config).map_err(StartError::Mount)?;
-        let features = init(&apart.device, features)?;
-        let shared = Arc::new(Shared::new(config, open_flags(config), (shortcut, served, upper), streams));
+        let features = init(&apart.device, features, of_kernel(config))?;
+        let mut shared = Shared::new(config, open_flags(config), (shortcut, served, upper), streams);
+        shared.through = (features & feature::PASSTHROUGH != 0).then(Through::default);
+        let shared = Arc::new(shared);
         tracing::debug!(
             features = format!("{features:#x}"),
             lanes = shared.lanes.len(),
@@ -231,12 +234,12 @@ fn greet(config: &Config, streams: &Streams) -> Result<u64, StartError> {
     Ok(features)
 }
 
-fn init(device: &Device, guest: u64) -> Result<u64, StartError> {
+fn init(device: &Device, guest: u64, kernels: u64) -> Result<u64, StartError> {
     let mut buffer = vec![0; MAX_MESSAGE];
     let message = device.next(&mut buffer).map_err(|Gone| StartError::Gone)?;
     let offer = Offer::parse(message).map_err(StartError::Init)?;
-    let features = offer.agree(guest).map_err(StartError::Init)?;
-    device.answer(&offer.answer(features & !feature::PASSTHROUGH));
+    let features = offer.agree(guest).map_err(StartError::Init)? & !feature::PASSTHROUGH | offer.has(kernels);
+    device.answer(&offer.answer(features));
     Ok(features)
 }
 

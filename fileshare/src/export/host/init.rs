@@ -2,6 +2,7 @@
 
 use crate::export::wire::abi::{InHeader, MAX_DATA, OUT_HEADER, OutHeader, feature, op};
 use crate::export::wire::codec::{Malformed, Put, Take};
+use rustix::mount::MountAttrFlags;
 
 use super::config::{Cache, Config, Writes};
 
@@ -77,6 +78,13 @@ pub(super) fn asked(config: &Config) -> u64 {
     WANTED | cache | writes | lend
 }
 
+/// What is asked of the kernel only.
+pub(super) fn of_kernel(config: &Config) -> u64 {
+    let read_only = config.restrictions.contains(MountAttrFlags::MOUNT_ATTR_RDONLY);
+    let fixed = config.cache == Cache::Alone && config.upper.is_none() && read_only;
+    if fixed && !config.layers.is_empty() { feature::PASSTHROUGH } else { 0 }
+}
+
 impl Offer {
     pub(super) fn parse(message: &[u8]) -> Result<Self, InitError> {
         let offer = Self::take(message).map_err(InitError::Malformed)?;
@@ -108,6 +116,11 @@ impl Offer {
         Ok(if both & ACL == ACL { both } else { both & !ACL })
     }
 
+    /// What of these the kernel can do: it alone has to.
+    pub(super) fn has(&self, features: u64) -> u64 {
+        self.features & features
+    }
+
     /// The answer.
     pub(super) fn answer(&self, features: u64) -> Vec<u8> {
         const BACKGROUND: u16 = 64;
@@ -118,7 +131,9 @@ impl Offer {
         message.u16(BACKGROUND).u16(BACKGROUND * 3 / 4).u32(MAX_DATA);
         // Times to the nanosecond; as many pages as the data fills; no mapping.
         message.u32(1).u16((MAX_DATA / 4096) as u16).u16(0).u32((features >> 32) as u32);
-        message.bytes(&[0; 28]);
+        // How deep layers may be stacked that the kernel reads by itself: not at all.
+        let depth = u32::from(features & feature::PASSTHROUGH != 0);
+        message.u32(depth).bytes(&[0; 24]);
         message
     }
 }

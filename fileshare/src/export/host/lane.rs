@@ -92,7 +92,7 @@ impl Lane {
             op::IOCTL => Err(libc::ENOTTY),
             op::DESTROY => Ok(()),
             op::OPEN if !opens_to_write(u32_at(&message[IN_HEADER..], 0)) => {
-                return self.open_here(&header, self.talk.shared.flags.file);
+                return self.open_to_read(&header);
             }
             op::OPENDIR => return self.open_here(&header, self.folder_flags(header.nodeid)),
             op::RELEASE | op::RELEASEDIR => self.release(message),
@@ -231,7 +231,7 @@ impl Lane {
         if shared.served.is_moved(folder) { 0 } else { shared.flags.folder }
     }
 
-    fn open_here(&self, header: &InHeader, flags: u32) {
+    pub(super) fn open_here(&self, header: &InHeader, flags: u32) {
         let shared = &self.talk.shared;
         if shared.is_lost() {
             return self.device.answer_errno(header.unique, libc::EIO);
@@ -246,6 +246,9 @@ impl Lane {
         let handle = u64_at(&message[IN_HEADER..], 0);
         // Before the guest hears of it: it believes then what it sees of the file.
         shared.upper.release(u64_at(message, NODEID), handle);
+        if let Some(through) = shared.through.as_ref().filter(|_| u32_at(message, 4) == op::RELEASE) {
+            through.release(&self.device, u64_at(message, NODEID));
+        }
         let mut guest = Some(handle);
         if let Some(lazy) = shared.lazies.remove(handle) {
             let mut state = super::shared::lock(&lazy.state);

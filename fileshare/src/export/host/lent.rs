@@ -139,6 +139,13 @@ impl Lane {
         Ok(())
     }
 
+    /// Closes a file that the guest has opened and that the kernel does not hear of.
+    pub(super) fn close_in_guest(&self, header: &InHeader, handle: u64) {
+        let mut release = Vec::with_capacity(24);
+        release.u64(handle).u64(0).u64(0);
+        self.talk.tell(&mut message(&InHeader { opcode: op::RELEASE, ..*header }, &release));
+    }
+
     /// Opens a file in the guest that cannot be used here, though the guest lends it.
     pub(super) fn open_unlent(
         &mut self,
@@ -146,9 +153,7 @@ impl Lane {
         request: &mut [u8],
         handle: u64,
     ) -> Result<(), Errno> {
-        let mut release = Vec::with_capacity(24);
-        release.u64(handle).u64(0).u64(0);
-        self.talk.tell(&mut message(&InHeader { opcode: op::RELEASE, ..*header }, &release));
+        self.close_in_guest(header, handle);
         let (flags, how) = (u32_at(request, IN_HEADER), u32_at(request, IN_HEADER + 4));
         if how & flag::OPEN_NOT_LENT != 0 {
             return Err(libc::EIO);

@@ -42,6 +42,7 @@ mod settle;
 mod shared;
 mod shortcut;
 mod talk;
+mod through;
 mod upper;
 mod waits;
 

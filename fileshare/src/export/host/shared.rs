@@ -15,6 +15,7 @@ use super::lazy::Lazies;
 use super::question::{names_taken, u32_at, u64_at};
 use super::served::Served;
 use super::shortcut::Shortcut;
+use super::through::Through;
 use super::upper::Upper;
 use super::waits::Waits;
 use crate::export::wire::abi::{IN_HEADER, InHeader, flag, node_places, op};
@@ -43,6 +44,8 @@ pub(super) struct Shared {
     pub(super) shortcut: Shortcut,
     pub(super) served: Served,
     pub(super) upper: Upper,
+    /// Only where nobody changes files at all.
+    pub(super) through: Option<Through>,
     pub(super) waits: Waits,
     pub(super) complaints: Complaints,
     pub(super) lanes: Vec<Turn>,
@@ -113,6 +116,7 @@ impl Shared {
             shortcut,
             served,
             upper,
+            through: None,
             waits: Waits::new(streams.waits),
             complaints: Complaints::default(),
             lanes: streams.turns.into_iter().map(Turn::new).collect(),

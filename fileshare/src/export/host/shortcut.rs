@@ -66,6 +66,13 @@ struct Place {
 /// Size and time of change.
 type Facts = (u64, u64, u32);
 
+impl HostFile {
+    /// A descriptor of the same file.
+    pub(super) fn try_clone(&self) -> io::Result<OwnedFd> {
+        self.file.try_clone()
+    }
+}
+
 /// A lower file, open on the host.
 #[derive(Debug)]
 pub(super) struct HostFile {
