@@ -44,11 +44,21 @@ pub fn measure(bench: &mut Bench) {
     tree.remove();
 }
 
-/// Three mounts: what is cold for one workload is not for the next.
+/// What is united.
+type Options = fn(&Tree) -> String;
+
+/// Several mounts: what is cold for one workload is not for the next.
 fn one(bench: &mut Bench, tree: &Tree, way: &'static Way) {
-    for steps in [work::FINDING, work::READING, work::WRITING] {
+    let mounts: [(&[Step], Options); 4] = [
+        (work::FINDING, Tree::options),
+        (work::READING, Tree::options),
+        (work::READ_ONLY, Tree::lowers),
+        (work::WRITING, Tree::options),
+    ];
+    for (steps, options) in mounts {
         tree.forget_pages();
-        let mounted = Mounted::new(bench.rig, way, tree);
+        let options = options(tree);
+        let mounted = Mounted::new(bench.rig, way, (&options, tree.mountpoint()));
         for step in steps {
             timed(bench, &mounted, &way.subject, step, tree);
         }

@@ -10,7 +10,6 @@ use vmctr_tests::rig::prerequisites;
 
 use super::super::bench::Subject;
 use super::super::results::UNION_REFERENCE;
-use super::tree::Tree;
 
 /// Longer than the VM's process lets pass between two reports of its figures.
 const REPORTED: std::time::Duration = std::time::Duration::from_millis(200);
@@ -44,11 +43,10 @@ pub struct Mounted<'rig> {
 }
 
 impl<'rig> Mounted<'rig> {
-    pub fn new(rig: &'rig Rig, way: &Way, tree: &Tree) -> Self {
-        let (options, root) = (tree.options(), tree.mountpoint());
+    pub fn new(rig: &'rig Rig, way: &Way, (options, root): (&str, PathBuf)) -> Self {
         let mounted = Self { rig, by: way.by, root };
         match way.by {
-            By::Vmctr => mounted.vmctr(&["mount", "-o", &options]),
+            By::Vmctr => mounted.vmctr(&["mount", "-o", options]),
             By::Kernel => {
                 let options = format!("{options},redirect_dir=on,index=off,metacopy=off");
                 run(Command::new("mount")
@@ -57,7 +55,7 @@ impl<'rig> Mounted<'rig> {
             }
             By::Fuse => {
                 let program = prerequisites::program("fuse-overlayfs");
-                run(Command::new(program).args(["-o", &options]).arg(&mounted.root))
+                run(Command::new(program).args(["-o", options]).arg(&mounted.root))
             }
         }
         .ok();

@@ -61,7 +61,13 @@ impl Tree {
             fs::create_dir(&folder).expect("writable");
         }
         let at = |name| self.place.join(name).display().to_string();
-        format!("lowerdir={}:{},upperdir={},workdir={}", at("top"), at("base"), at("upper"), at("work"))
+        format!("{},upperdir={},workdir={}", self.lowers(), at("upper"), at("work"))
+    }
+
+    /// The options of a union that nothing can be changed in.
+    pub fn lowers(&self) -> String {
+        let at = |name| self.place.join(name).display().to_string();
+        format!("lowerdir={}:{}", at("top"), at("base"))
     }
 
     /// Where they are united.

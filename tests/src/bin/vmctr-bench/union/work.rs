@@ -53,7 +53,13 @@ pub const READING: &[Step] = &[
     step("read at random, warm", read_at_random),
 ];
 
-/// On the third.
+/// On one without an upper folder, where vmctr has the kernel read large files.
+pub const READ_ONLY: &[Step] = &[
+    step("read-only: read in order, cold", read_in_order),
+    step("read-only: read in order, warm", read_in_order),
+];
+
+/// On the last.
 pub const WRITING: &[Step] = &[
     step("write and fsync", write),
     counted("create", "small files", create),
