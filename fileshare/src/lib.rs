@@ -5,5 +5,6 @@
 //! guest carries out.
 
 pub mod export;
+mod folder;
 #[cfg(feature = "share")]
 pub mod share;

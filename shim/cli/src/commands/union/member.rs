@@ -23,14 +23,13 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tracing::{error, info, warn};
 use vmctr_fileshare::export::host::{Config as MountConfig, Export, Streams};
-use vmctr_fileshare::share::{Exit, Fsd, spawn};
+use vmctr_fileshare::share::{Exit, Fsd, Locks, spawn};
 use vmctr_vmm::config::Config;
 use vmctr_vmm::run_dir::{Role, RunDir};
 use vmctr_vmm::{LogRate, binaries, error_chain};
 
 use super::check::Plan;
 use super::helper::Helper;
-use super::locks::Locks;
 use super::order::Order;
 use super::serve::LANES;
 use super::served::Served;
@@ -82,10 +81,10 @@ impl Prepared {
     /// Locks the folders, starts the share daemon. `log` is what the run directory shows as the union's log.
     pub async fn new(config: &Config, plan: Plan, log: &std::path::Path) -> anyhow::Result<Self> {
         let order = Order::Union(plan.clone());
-        let (wanted, place) = (order.clone(), config.run_dir.clone());
+        let (wanted, place) = (plan.clone(), config.run_dir.clone());
         let claim = move || {
-            let locks = Locks::take(&wanted)?;
-            anyhow::Ok((locks, record::claim(&place, wanted.mountpoint())?))
+            let locks = Locks::take(&wanted.share(), None)?;
+            anyhow::Ok((locks, record::claim(&place, &wanted.mountpoint)?))
         };
         let (locks, run_dir) = spawn_blocking(claim).await??;
         let started = async {

@@ -11,10 +11,10 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 use tracing::{error, warn};
 use vmctr_fileshare::export::host::{Export, Figures, unmount};
+use vmctr_fileshare::share::Locks;
 use vmctr_vmm::error_chain;
 use vmctr_vmm::run_dir::RunDir;
 
-use super::locks::Locks;
 use super::record;
 
 /// Between two looks whether the mount is still there.
