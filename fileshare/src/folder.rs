@@ -1,29 +1,53 @@
-//! Folders that were checked under a path without symbolic links, and are opened by it later.
+//! Folders, opened so that nobody leads this process elsewhere.
 //!
-//! Invariant: nobody who has put a symbolic link into the path meanwhile leads this process elsewhere.
+//! Invariants:
+//! 1. A folder that was checked under a path without symbolic links is opened by that, however late: who has put a
+//!    link into the path meanwhile has it refused.
+//! 2. What is below a folder can be had without other mounts.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
+use rustix::mount::OpenTreeFlags;
 
-/// Opens the folder. The path is absolute.
+use crate::sys::Reach;
+
+/// Opens a folder by an absolute path.
 ///
 /// # Errors
-/// As open(2); also when there is a symbolic link on the way, whose words are not those of ELOOP.
+/// As open(2); also when there is a symbolic link on the way, in other words than those of ELOOP.
 pub(crate) fn open(path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
-    let flags = flags | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    rustix::fs::openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS).map_err(in_words)
+    look(path, flags | OFlags::DIRECTORY)
 }
 
-/// What [`open`] fails with.
-pub(crate) fn in_words(errno: Errno) -> io::Error {
-    match errno {
-        Errno::LOOP => io::Error::other("there is a symbolic link in its path, which was not there before"),
-        other => other.into(),
-    }
+/// Opens whatever is there. Only to look at it with `O_PATH`: opening a device or fifo has effects of its own.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) fn look(path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
+    let flags = flags | OFlags::CLOEXEC;
+    rustix::fs::openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS).map_err(|errno| {
+        match errno {
+            Errno::LOOP => {
+                io::Error::other("there is a symbolic link in its path, which was not there before")
+            }
+            other => other.into(),
+        }
+    })
+}
+
+/// A copy of the mount that a folder is reached through, from that folder on, in no namespace.
+///
+/// # Errors
+/// As open_tree(2), which takes CAP_SYS_ADMIN.
+pub(crate) fn clone_tree(folder: impl AsFd, reach: Reach) -> io::Result<OwnedFd> {
+    let mut flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    flags.set(OpenTreeFlags::AT_RECURSIVE, reach == Reach::All);
+    Ok(rustix::mount::open_tree(folder, "", flags)?)
 }
 
 #[cfg(test)]

@@ -8,3 +8,4 @@ pub mod export;
 mod folder;
 #[cfg(feature = "share")]
 pub mod share;
+mod sys;
