@@ -130,9 +130,14 @@ impl Export {
             lanes = shared.lanes.len(),
             "the export is agreed"
         );
-        let threads = start_threads(&shared, &apart.device).map_err(StartError::Threads)?;
-        let placed = apart.place(config).inspect_err(|_| shared.give_up(Lost::Closed));
-        let (first, cut, place) = placed.map_err(StartError::Mount)?;
+        // Threads that were started end.
+        let given_up = |error| {
+            shared.give_up(Lost::Closed);
+            error
+        };
+        let threads = start_threads(&shared, &apart.device).map_err(StartError::Threads).map_err(given_up)?;
+        let placed = apart.place(config).map_err(StartError::Mount).map_err(given_up);
+        let (first, cut, place) = placed?;
         // The kernel holds the connection; the lanes have descriptors of their own.
         drop(first);
         Ok(Self { shared, cut, place, threads })
