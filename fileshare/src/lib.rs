@@ -5,5 +5,7 @@
 //! guest carries out.
 
 pub mod export;
+mod folder;
 #[cfg(feature = "share")]
 pub mod share;
+mod sys;

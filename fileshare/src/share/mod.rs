@@ -38,6 +38,7 @@
 mod control;
 pub mod daemon;
 pub mod fs;
+mod locks;
 pub mod mounts;
 mod sandbox;
 mod seccomp;
@@ -47,5 +48,6 @@ mod spec;
 mod sys;
 
 pub use control::ControlError;
+pub use locks::{LockError, Locks};
 pub use spawn::{Connection, Exit, Fsd, SpawnError, spawn, spawn_on};
 pub use spec::{SPEC_VERSION, ShareSpec, SpecError, Top, UsedBy, Volume};

@@ -32,7 +32,8 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
 use super::sources::{Below, FileId, OverlaySource, Source, Sources, TopSource, VolumeSource};
-use super::sys::{Reach, mount_setattr};
+use crate::folder::clone_tree;
+use crate::sys::{Reach, mount_setattr};
 
 /// Where the guest's view begins.
 pub const SHARE: &str = "/share";
@@ -198,7 +199,7 @@ impl ShareRoot {
         rustix::mount::unmount(".", UnmountFlags::DETACH).map_err(step("unmount the host's root"))?;
         rustix::process::chdir("/").map_err(step("enter the share root"))?;
         let proc_self_fd = own_descriptors().map_err(step("open /proc/self/fd"))?;
-        mount_setattr(&self.root, Reach::One, HARDENED | MOUNT_ATTR_RDONLY)
+        mount_setattr(&self.root, Reach::One, HARDENED | MOUNT_ATTR_RDONLY, 0)
             .map_err(step("make the share root read-only"))?;
         Ok(proc_self_fd)
     }
@@ -220,7 +221,8 @@ struct Tree<'a> {
 impl<'a> Tree<'a> {
     fn of(source: &'a Source, access: Access, reach: Reach) -> Result<Self, MountError> {
         let mount = clone_tree(source, reach).map_err(|cause| source.cannot_bind(cause))?;
-        mount_setattr(&mount, reach, HARDENED | access.flag()).map_err(|cause| source.cannot_bind(cause))?;
+        mount_setattr(&mount, reach, HARDENED | access.flag(), 0)
+            .map_err(|cause| source.cannot_bind(cause))?;
         Ok(Self { source, mount, access })
     }
 
@@ -276,13 +278,6 @@ fn own_descriptors() -> io::Result<File> {
     let tree = rustix::mount::open_tree(CWD, "/proc/self/fd", flags)?;
     rustix::mount::unmount("/proc", UnmountFlags::DETACH)?;
     Ok(File::from(tree))
-}
-
-fn clone_tree(source: &Source, reach: Reach) -> io::Result<OwnedFd> {
-    let mut flags =
-        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-    flags.set(OpenTreeFlags::AT_RECURSIVE, reach == Reach::All);
-    Ok(rustix::mount::open_tree(source, "", flags)?)
 }
 
 fn attach(tree: impl AsFd, root: impl AsFd, target: &str) -> io::Result<()> {

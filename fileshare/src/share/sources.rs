@@ -1,7 +1,8 @@
 //! Opens and checks everything that a spec names, in the host's view, before anything is mounted.
 //!
 //! Invariant: a [`Sources`] holds open descriptors, so that what was checked is what gets mounted, whatever
-//! happens to the paths meanwhile. Only folders and regular files pass.
+//! happens to the paths meanwhile. Only folders and regular files pass. The paths of a union were checked before, and
+//! had no symbolic links then: one that has come since is refused.
 //!
 //! An overlay renames between `upper` and `work`, which the kernel allows within one mount only. So both are
 //! reached through one bind mount of their deepest common folder:
@@ -14,13 +15,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::StatVfsMountFlags;
+use rustix::fs::{OFlags, StatVfsMountFlags};
 
-use super::spec::{ShareSpec, Top};
+use super::spec::{ShareSpec, Top, UsedBy};
+use crate::folder;
 
 /// An extended attribute that any overlay asks its upper folder for.
 const OVERLAY_XATTR: &str = "trusted.overlay.opaque";
@@ -232,16 +234,18 @@ impl Sources {
     /// # Errors
     /// The first path that cannot be shared, and why.
     pub fn open(spec: &ShareSpec) -> Result<Self, SourceError> {
-        let lowers = spec.lowers.iter().map(|path| open_dir(What::Lower, path)).collect::<Result<_, _>>()?;
+        let by = spec.used_by;
+        let lowers = spec.lowers.iter().map(|path| open_dir(by, What::Lower, path));
+        let lowers = lowers.collect::<Result<_, _>>()?;
         let top = match &spec.top {
             Top::None => TopSource::None,
-            Top::Overlay { upper, work } => TopSource::Overlay(open_overlay(upper, work)?),
+            Top::Overlay { upper, work } => TopSource::Overlay(open_overlay(by, upper, work)?),
             Top::Folder { path, read_only } => {
-                TopSource::Folder { source: open_dir(What::Root, path)?, read_only: *read_only }
+                TopSource::Folder { source: open_dir(by, What::Root, path)?, read_only: *read_only }
             }
         };
         let volumes = spec.volumes.iter().map(|volume| {
-            let source = open(What::Volume, &volume.source)?;
+            let source = open(by, What::Volume, &volume.source)?;
             Ok(VolumeSource { source, read_only: volume.read_only, recursive: volume.recursive })
         });
         Ok(Self { lowers, top, volumes: volumes.collect::<Result<_, _>>()? })
@@ -261,10 +265,10 @@ impl Sources {
     }
 }
 
-fn open_overlay(upper: &Path, work: &Path) -> Result<OverlaySource, SourceError> {
+fn open_overlay(by: UsedBy, upper: &Path, work: &Path) -> Result<OverlaySource, SourceError> {
     let nested = || SourceError::Nested { upper: upper.to_owned(), work: work.to_owned() };
-    let upper_source = open_dir(What::Upper, upper)?;
-    let work_source = open_dir(What::Work, work)?;
+    let upper_source = open_dir(by, What::Upper, upper)?;
+    let work_source = open_dir(by, What::Work, work)?;
     if upper_source.id.dev != work_source.id.dev {
         return Err(SourceError::TwoFilesystems { upper: upper.to_owned(), work: work.to_owned() });
     }
@@ -287,7 +291,7 @@ fn open_overlay(upper: &Path, work: &Path) -> Result<OverlaySource, SourceError>
     Ok(OverlaySource {
         upper: below(&real_upper, upper_source)?,
         work: below(&real_work, work_source)?,
-        parent: open_dir(What::Parent, &parent)?,
+        parent: open_dir(by, What::Parent, &parent)?,
     })
 }
 
@@ -303,8 +307,8 @@ fn open_error(what: What, path: &Path, cause: io::Error) -> SourceError {
     SourceError::Open { what, path: path.to_owned(), cause }
 }
 
-fn open_dir(what: What, path: &Path) -> Result<Source, SourceError> {
-    let source = open(what, path)?;
+fn open_dir(by: UsedBy, what: What, path: &Path) -> Result<Source, SourceError> {
+    let source = open(by, what, path)?;
     if source.is_dir {
         return Ok(source);
     }
@@ -313,9 +317,9 @@ fn open_dir(what: What, path: &Path) -> Result<Source, SourceError> {
 
 /// Opens a folder or regular file for reading, and nothing else: the type is looked at through a descriptor
 /// that cannot do I/O, since opening a device or fifo has effects of its own.
-fn open(what: What, path: &Path) -> Result<Source, SourceError> {
+fn open(by: UsedBy, what: What, path: &Path) -> Result<Source, SourceError> {
     let fail = |cause| open_error(what, path, cause);
-    let peek = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path).map_err(fail)?;
+    let peek = peek(by, path).map_err(fail)?;
     let kind = peek.metadata().map_err(fail)?.file_type();
     if !kind.is_dir() && !kind.is_file() {
         let found = special_name(kind);
@@ -328,9 +332,18 @@ fn open(what: What, path: &Path) -> Result<Source, SourceError> {
     }
     let only_dirs = if kind.is_dir() { libc::O_DIRECTORY } else { 0 };
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY | only_dirs;
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(fail)?;
+    let seen = format!("/proc/self/fd/{}", peek.as_raw_fd());
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(seen).map_err(fail)?;
     let id = FileId::of(&file).map_err(fail)?;
     Ok(Source { path: path.to_owned(), is_dir: kind.is_dir(), id, file })
+}
+
+fn peek(by: UsedBy, path: &Path) -> io::Result<File> {
+    match by {
+        UsedBy::Union => folder::look(path, OFlags::PATH).map(File::from),
+        // Its own links may lead to its folders, as containerd names them.
+        UsedBy::Container => OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path),
+    }
 }
 
 fn special_name(kind: std::fs::FileType) -> &'static str {
@@ -418,6 +431,26 @@ mod tests {
     }
 
     #[test]
+    fn links_are_followed_for_containers_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        for name in ["real/low", "real/up", "real/work"] {
+            std::fs::create_dir_all(dir.join(name)).unwrap();
+        }
+        std::os::unix::fs::symlink("real", dir.join("link")).unwrap();
+        let at = |name: &str| dir.join(name);
+        let lower = |name| ShareSpec { lowers: vec![at(name)], ..ShareSpec::new() };
+        for spec in [lower("link/low"), lower("link"), overlay(&at("link/up"), &at("real/work"))] {
+            Sources::open(&spec).unwrap();
+            let error = Sources::open(&ShareSpec { used_by: UsedBy::Union, ..spec }).unwrap_err();
+            let cause = std::error::Error::source(&error).unwrap().to_string();
+            assert!(cause.contains("symbolic link"), "{error}: {cause}");
+        }
+        let union = ShareSpec { used_by: UsedBy::Union, ..overlay(&at("real/up"), &at("real/work")) };
+        Sources::open(&union).unwrap();
+    }
+
+    #[test]
     fn files_and_folders_are_volumes() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
@@ -459,7 +492,7 @@ mod tests {
 
     #[test]
     fn an_upper_needs_trusted_xattrs() {
-        let dir = open_dir(What::Upper, Path::new("/proc/self")).unwrap();
+        let dir = open_dir(UsedBy::Container, What::Upper, Path::new("/proc/self")).unwrap();
         assert!(matches!(check_xattrs(&dir), Err(SourceError::NoXattrs { .. })));
     }
 

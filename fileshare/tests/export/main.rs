@@ -18,6 +18,7 @@ mod lent;
 mod lock;
 mod others;
 mod overlay;
+mod place;
 mod random_io;
 mod rig;
 mod served;

@@ -7,6 +7,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::mount::MountPropagationFlags;
 use vmctr_fileshare::export::guest::{Layers, Server};
 use vmctr_fileshare::export::host::Config;
 use vmctr_fileshare::export::wire::abi::op;
@@ -90,6 +91,44 @@ fn walk(root: &Path, folder: &Path, all: &mut BTreeMap<PathBuf, String>, exact: 
             walk(root, &path, all, exact);
         }
     }
+}
+
+#[test]
+fn what_is_mounted_below_a_layer_is_not_in_the_union() {
+    in_private_namespace(|| {
+        let place = Place::new();
+        let (top, base) = make(&place);
+        // As on a host with systemd: what is mounted there later shows in all copies of the mount that are not private.
+        rustix::mount::mount_bind(&base, &base).unwrap();
+        rustix::mount::mount_change(&base, MountPropagationFlags::SHARED).unwrap();
+        let (merged, upper) = (place.folder("merged"), place.folder("upper"));
+        let lowers = PathBuf::from(format!("{}:{}", top.display(), base.display()));
+        mount_overlay(&merged, &lowers, &upper, &place.folder("work"));
+        let below = place.folder("below");
+        fs::write(below.join("file"), "bound over it").unwrap();
+        // Of the same file system, where a device number tells nothing.
+        rustix::mount::mount_bind(below.join("file"), base.join("dir/file")).unwrap();
+        rustix::mount::mount_bind(&below, base.join("dir/sub")).unwrap();
+        let lowers = vec![top, base.clone()];
+        let server = Server::new(&merged).unwrap().with_layers(Layers::open(Some(&upper), &lowers).unwrap());
+        let config = Config { layers: lowers, upper: Some(upper), ..Config::new(place.folder("mnt")) };
+        let mounted = Mounted::serve(server, config);
+        let seen = |name: &str| {
+            let st = fs::metadata(mounted.path(name)).unwrap();
+            assert_eq!(
+                (st.ino(), st.len()),
+                fs::metadata(merged.join(name)).map(|st| (st.ino(), st.len())).unwrap()
+            );
+            fs::read_to_string(mounted.path(name)).unwrap()
+        };
+        assert_eq!(seen("dir/file"), "in dir");
+        assert_eq!(seen("dir/sub/one"), "dir/sub one");
+        forget();
+        rustix::mount::mount_bind(below.join("file"), base.join("dir/empty")).unwrap();
+        assert_eq!(seen("dir/empty"), "");
+        assert_eq!(tree(&mounted.root), tree(&merged));
+        mounted.unmount();
+    });
 }
 
 /// How often the guest was asked for nodes.

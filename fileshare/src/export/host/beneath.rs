@@ -10,12 +10,12 @@ use std::ffi::{CStr, OsStr};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
 use rustix::io::Errno;
 
 use super::check::check_attr;
+use super::layers::Layers;
 use crate::export::stat::attr;
 use crate::export::wire::abi::Attr;
 
@@ -28,7 +28,7 @@ const MARKS: [&[u8]; 2] = [b"trusted.overlay.", b"user.overlay."];
 /// The layers' folders.
 #[derive(Debug)]
 pub(super) struct Beneath {
-    layers: Vec<OwnedFd>,
+    layers: Layers,
     device: (u32, u32),
 }
 
@@ -46,13 +46,10 @@ pub(super) enum Found {
 }
 
 impl Beneath {
-    /// Opens the layers; `None` if they lie on several file systems, where a file's number is the guest's to choose.
-    pub(super) fn open(layers: &[PathBuf]) -> io::Result<Option<Self>> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let open = |path: &PathBuf| rustix::fs::open(path, flags, Mode::empty());
-        let layers = layers.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    /// Looks into the layers; `None` if they lie on several file systems, where a file's number is the guest's to choose.
+    pub(super) fn new(layers: Layers) -> io::Result<Option<Self>> {
         let mut devices = Vec::new();
-        for layer in &layers {
+        for layer in layers.all() {
             let st = rustix::fs::statx(layer, c"", AtFlags::EMPTY_PATH, StatxFlags::empty())?;
             devices.push((st.stx_dev_major, st.stx_dev_minor));
         }

@@ -8,7 +8,7 @@ use rustix::mount::MountAttrFlags;
 /// A mount of an export.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Where it is mounted.
+    /// Where it is mounted. A path without symbolic links, as are those of the folders below.
     pub mountpoint: PathBuf,
     /// What `/proc/mounts` names as its source.
     pub source: String,
@@ -21,8 +21,8 @@ pub struct Config {
     pub cache: Cache,
     /// How writes go.
     pub writes: Writes,
-    /// The host's folders that are the lower layers, from the top, in the order of the guest's. Large files that
-    /// lie there are read there. Empty: all is read through the guest. Only with [`Cache::Alone`].
+    /// The host's folders that are the lower layers, from the top, in the order of the guest's. Their files are read
+    /// there, and folders of one layer found and listed. Empty: all through the guest. Only with [`Cache::Alone`].
     pub layers: Vec<PathBuf>,
     /// The host's folder that changes land in. What files of it hold is read and written there. `None`: through the
     /// guest. Only with [`Cache::Alone`], and if nobody else changes the folder.

@@ -20,7 +20,8 @@ use super::config::{Cache, Config, Writes};
 use super::device::{Device, Gone};
 use super::init::{InitError, Offer, asked, of_kernel};
 use super::lane::Lane;
-use super::mount::{Apart, Cut, MountError};
+use super::layers::Layers;
+use super::mount::{Apart, Cut, MountError, MountPlace};
 use super::served::Served;
 use super::shared::{Lost, OpenFlags, Shared};
 use super::shortcut::Shortcut;
@@ -50,6 +51,7 @@ pub struct Streams {
 pub struct Export {
     shared: Arc<Shared>,
     cut: Cut,
+    place: MountPlace,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -116,8 +118,9 @@ impl Export {
     /// As [`StartError`] says; nothing stays behind.
     pub fn start(config: &Config, streams: Streams) -> Result<Self, StartError> {
         check_config(config, &streams)?;
-        let shortcut = Shortcut::open(&config.layers).map_err(StartError::Layers)?;
-        let served = Served::new(Beneath::open(&config.layers).map_err(StartError::Layers)?);
+        let layers = Layers::open(&config.layers).map_err(StartError::Layers)?;
+        let shortcut = Shortcut::new(layers.clone());
+        let served = Served::new(Beneath::new(layers).map_err(StartError::Layers)?);
         let upper = Upper::open(config.upper.as_deref()).map_err(StartError::Upper)?;
         let features = greet(config, &streams)?;
         let apart = Apart::make(config).map_err(StartError::Mount)?;
@@ -130,12 +133,17 @@ impl Export {
             lanes = shared.lanes.len(),
             "the export is agreed"
         );
-        let threads = start_threads(&shared, &apart.device).map_err(StartError::Threads)?;
-        let placed = apart.place(config).inspect_err(|_| shared.give_up(Lost::Closed));
-        let (first, cut) = placed.map_err(StartError::Mount)?;
+        // Threads that were started end.
+        let given_up = |error| {
+            shared.give_up(Lost::Closed);
+            error
+        };
+        let threads = start_threads(&shared, &apart.device).map_err(StartError::Threads).map_err(given_up)?;
+        let placed = apart.place(config).map_err(StartError::Mount).map_err(given_up);
+        let (first, cut, place) = placed?;
         // The kernel holds the connection; the lanes have descriptors of their own.
         drop(first);
-        Ok(Self { shared, cut, threads })
+        Ok(Self { shared, cut, place, threads })
     }
 
     /// Why the guest was given up, if it was. The mount is then still there, and all is answered EIO.
@@ -173,6 +181,15 @@ impl Export {
     /// Whether the mount is gone.
     pub fn is_gone(&self) -> bool {
         self.threads.iter().all(JoinHandle::is_finished)
+    }
+
+    /// Takes the mount away from its place, whoever uses it; `false` if it is not there any more, or another lies over
+    /// it, which then stays.
+    ///
+    /// # Errors
+    /// The place cannot be reached, or as umount(2).
+    pub fn take_away(&self) -> io::Result<bool> {
+        self.place.take_away()
     }
 
     /// Cuts the mount off: whatever is asked of it fails with ENOTCONN from now on. It can still be unmounted.

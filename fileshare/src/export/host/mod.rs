@@ -29,6 +29,7 @@ mod export;
 mod init;
 mod known;
 mod lane;
+mod layers;
 mod lazy;
 mod lent;
 mod mount;

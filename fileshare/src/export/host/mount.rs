@@ -7,16 +7,18 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
-    fsconfig_set_string, fsmount, fsopen, move_mount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
+    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount,
 };
 
 use super::config::Config;
 use super::device::Device;
 use super::pipe::MAX_READ;
+use crate::folder;
 
 /// A mount that is not in its place yet.
 #[derive(Debug)]
@@ -24,7 +26,7 @@ pub(super) struct Apart {
     pub(super) device: Device,
     pub(super) cut: Cut,
     mount: OwnedFd,
-    minor: u32,
+    id: MountId,
 }
 
 /// Cuts the connection between a mount and whoever serves it.
@@ -45,7 +47,7 @@ pub enum MountError {
     Control(#[source] io::Error),
     /// It cannot be put there.
     #[error("Cannot mount on {0}")]
-    Place(std::path::PathBuf, #[source] io::Error),
+    Place(PathBuf, #[source] io::Error),
 }
 
 impl Apart {
@@ -74,27 +76,58 @@ impl Apart {
         fsconfig_create(&context).map_err(failed("create"))?;
         let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, config.restrictions)
             .map_err(failed("fsmount"))?;
-        let minor = device_minor(&mount).map_err(failed("statx"))?;
-        Ok(Self { device, cut: Cut::find(minor)?, mount, minor })
+        let id = MountId::of(&mount).map_err(failed("statx"))?;
+        Ok(Self { device, cut: Cut::find(id.minor)?, mount, id })
     }
 
     /// Puts the mount in its place.
-    pub(super) fn place(self, config: &Config) -> Result<(Device, Cut), MountError> {
-        read_ahead(self.minor);
-        let placed = |errno: rustix::io::Errno| MountError::Place(config.mountpoint.clone(), errno.into());
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let target = rustix::fs::open(&config.mountpoint, flags, Mode::empty()).map_err(placed)?;
+    pub(super) fn place(self, config: &Config) -> Result<(Device, Cut, MountPlace), MountError> {
+        read_ahead(self.id.minor);
+        let path = config.mountpoint.clone();
+        let placed = |error| MountError::Place(config.mountpoint.clone(), error);
+        let target = folder::open(&path, OFlags::PATH).map_err(placed)?;
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-        move_mount(&self.mount, c"", &target, c"", flags).map_err(placed)?;
-        Ok((self.device, self.cut))
+        move_mount(&self.mount, c"", &target, c"", flags).map_err(|errno| placed(errno.into()))?;
+        Ok((self.device, self.cut, MountPlace { path, id: self.id }))
     }
 }
 
-/// A FUSE mount's device has major 0; its minor names the connection. Asked without a request to the guest,
-/// which nobody would answer yet.
-fn device_minor(mount: &OwnedFd) -> rustix::io::Result<u32> {
-    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-    Ok(rustix::fs::statx(mount, c"", flags, rustix::fs::StatxFlags::empty())?.stx_dev_minor)
+/// What tells a mount from others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct MountId {
+    mount: u64,
+    major: u32,
+    /// A FUSE mount's device has major 0; its minor names the connection.
+    minor: u32,
+}
+
+impl MountId {
+    /// Asked without a request to the guest, which nobody would answer before the mount is served, or after.
+    fn of(root: &OwnedFd) -> rustix::io::Result<Self> {
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        let st = rustix::fs::statx(root, c"", flags, StatxFlags::MNT_ID)?;
+        Ok(Self { mount: st.stx_mnt_id, major: st.stx_dev_major, minor: st.stx_dev_minor })
+    }
+}
+
+/// Where a mount was put, and which one it is.
+#[derive(Debug)]
+pub(super) struct MountPlace {
+    path: PathBuf,
+    id: MountId,
+}
+
+impl MountPlace {
+    /// Unmounts what is there if it is this mount: another one that was put there later is somebody else's.
+    pub(super) fn take_away(&self) -> io::Result<bool> {
+        let there = folder::open(&self.path, OFlags::PATH)?;
+        if MountId::of(&there)? != self.id {
+            return Ok(false);
+        }
+        let itself = format!("/proc/self/fd/{}", there.as_raw_fd());
+        rustix::mount::unmount(itself, UnmountFlags::DETACH)?;
+        Ok(true)
+    }
 }
 
 /// The kernel reads 128 KiB ahead by itself. Longer requests mean fewer turns; where that cannot be set, they
@@ -125,11 +158,11 @@ impl Cut {
     }
 }
 
-/// Takes a mount away.
+/// Takes away what is mounted at a place.
 ///
 /// # Errors
 /// As umount(2): it is in use, and `lazy` is false.
-pub fn unmount(mountpoint: &std::path::Path, lazy: bool) -> io::Result<()> {
-    let flags = if lazy { rustix::mount::UnmountFlags::DETACH } else { rustix::mount::UnmountFlags::empty() };
-    Ok(rustix::mount::unmount(mountpoint, flags | rustix::mount::UnmountFlags::NOFOLLOW)?)
+pub fn unmount(mountpoint: &Path, lazy: bool) -> io::Result<()> {
+    let flags = if lazy { UnmountFlags::DETACH } else { UnmountFlags::empty() };
+    Ok(rustix::mount::unmount(mountpoint, flags | UnmountFlags::NOFOLLOW)?)
 }

@@ -52,11 +52,10 @@ pub(super) struct Regular {
 }
 
 impl Regular {
-    /// Finds what lies at `path` below `folder`. On the way there may be other file systems, if `resolve` does not
-    /// say otherwise.
-    pub(super) fn find(folder: &OwnedFd, path: &[u8], resolve: ResolveFlags) -> io::Result<Self> {
+    /// Finds what lies at `path` below `folder`, on its mount.
+    pub(super) fn find(folder: &OwnedFd, path: &[u8]) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let resolve = resolve | ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
         let place = rustix::fs::openat2(folder, OsStr::from_bytes(path), flags, Mode::empty(), resolve)?;
         let stat = rustix::fs::fstat(&place)?;
         if stat.st_mode & libc::S_IFMT != libc::S_IFREG {

@@ -275,22 +275,40 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// What is wrong with the guest's answers, in the log, but not all day.
 #[derive(Debug, Default)]
-pub(super) struct Complaints(Mutex<Option<(Instant, u32)>>);
+pub(super) struct Complaints(Mutex<Complained>);
+
+#[derive(Debug, Default)]
+struct Complained {
+    period: Option<(Instant, u32)>,
+    in_all: u32,
+}
 
 impl Complaints {
     const PERIOD: Duration = Duration::from_secs(10);
     const MOST: u32 = 10;
+    /// The log lies in memory where /run does.
+    const MOST_IN_ALL: u32 = 5000;
 
     /// Whether one more may be logged.
     pub(super) fn may(&self) -> bool {
-        let mut period = lock(&self.0);
-        let now = Instant::now();
-        let (since, count) = match *period {
+        self.may_at(Instant::now())
+    }
+
+    fn may_at(&self, now: Instant) -> bool {
+        let mut so_far = lock(&self.0);
+        let (since, count) = match so_far.period {
             Some((since, count)) if now.duration_since(since) < Self::PERIOD => (since, count + 1),
             _ => (now, 1),
         };
-        *period = Some((since, count));
-        count <= Self::MOST
+        so_far.period = Some((since, count));
+        if count > Self::MOST || so_far.in_all >= Self::MOST_IN_ALL {
+            return false;
+        }
+        so_far.in_all += 1;
+        if so_far.in_all == Self::MOST_IN_ALL {
+            tracing::warn!("so much is wrong with the guest's answers that no more is told after this");
+        }
+        true
     }
 }
 
@@ -323,5 +341,22 @@ impl Turns {
 
     pub(super) fn of(&self, opcode: u32) -> u64 {
         self.0[Self::place(opcode)].load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn complaints_are_few_at_a_time_and_have_an_end() {
+        let complaints = Complaints::default();
+        let mut now = Instant::now();
+        assert_eq!((0..1000).filter(|_| complaints.may_at(now)).count(), Complaints::MOST as usize);
+        let days = (0..100_000).filter(|_| {
+            now += Duration::from_secs(2);
+            complaints.may_at(now)
+        });
+        assert_eq!(days.count(), (Complaints::MOST_IN_ALL - Complaints::MOST) as usize);
     }
 }

@@ -14,22 +14,22 @@
 //! lower file for good: readers would never see what is written after a copy-up.)
 //!
 //! Invariants:
-//! 1. Only regular files beneath the layers' folders are opened, symbolic links never followed: a guest that lies
-//!    gets one lower file for another.
+//! 1. Only regular files beneath the layers' folders are opened, on their mounts, symbolic links never followed: a
+//!    guest that lies gets one lower file for another.
 //! 2. A file that was opened to write, truncated or copied to since the hint was asked for is not read here.
 
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::OFlags;
 
 use super::check::Folder;
 use super::clock::Clock;
 use super::device::Device;
+use super::layers::Layers;
 use super::pipe::{self, Pipe};
 use super::question::{opens_to_write, u32_at, u64_at};
 use super::regular::{Permit, Permits, Regular, another};
@@ -45,7 +45,7 @@ const MOST_PLACES: usize = 1 << 17;
 /// The layers, and what was changed.
 #[derive(Debug)]
 pub(super) struct Shortcut {
-    layers: Vec<OwnedFd>,
+    layers: Layers,
     /// Of what files hold.
     clock: Clock,
     places: Mutex<HashMap<u64, Place>>,
@@ -84,16 +84,14 @@ pub(super) struct HostFile {
 }
 
 impl Shortcut {
-    pub(super) fn open(layers: &[PathBuf]) -> io::Result<Self> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let layers = layers.iter().map(|path| rustix::fs::open(path, flags, Mode::empty()));
-        Ok(Self {
-            layers: layers.collect::<Result<_, _>>()?,
+    pub(super) fn new(layers: Layers) -> Self {
+        Self {
+            layers,
             clock: Clock::default(),
             places: Mutex::default(),
             permits: Permits::default(),
             reads: AtomicU64::new(0),
-        })
+        }
     }
 
     /// The time, from before the guest is asked for a hint.
@@ -115,7 +113,7 @@ impl Shortcut {
 
     /// Keeps where a listing says that files are; `since` is from before it was asked for.
     pub(super) fn keep(&self, folder: &Folder<'_>, since: u64) {
-        if self.layers.is_empty() {
+        if self.layers.all().is_empty() {
             return;
         }
         let path: Arc<[u8]> = folder.path.into();
@@ -161,7 +159,7 @@ impl Shortcut {
 
     /// Opens the file that a hint names, if there is one and it is what the hint says.
     pub(super) fn follow(&self, hint: &[u8], nodeid: u64, since: u64) -> Option<HostFile> {
-        if hint.is_empty() || self.layers.is_empty() {
+        if hint.is_empty() || self.layers.all().is_empty() {
             return None;
         }
         self.open_permitted(nodeid, since, || {
@@ -188,7 +186,7 @@ impl Shortcut {
 
     fn find(&self, layer: usize, facts: Facts, path: &[u8]) -> io::Result<(OwnedFd, u64)> {
         let folder = self.layers.get(layer).ok_or_else(|| io::Error::other("no such layer"))?;
-        let found = Regular::find(folder, path, ResolveFlags::empty())?;
+        let found = Regular::find(folder, path)?;
         let st = &found.stat;
         let seen = (st.st_size.cast_unsigned(), st.st_mtime.cast_unsigned(), st.st_mtime_nsec as u32);
         if seen != facts {
@@ -273,7 +271,7 @@ mod tests {
         fs::write(dir.path().join("secret"), "outsid").unwrap();
         symlink("../secret", layer.join("link")).unwrap();
         symlink("sub", layer.join("dirlink")).unwrap();
-        let shortcut = Shortcut::open(std::slice::from_ref(&layer)).unwrap();
+        let shortcut = Shortcut::new(Layers::open(std::slice::from_ref(&layer)).unwrap());
         let inside = layer.join("sub/file");
         let follow = |hint: &[u8]| shortcut.follow(hint, 7, shortcut.now());
         let host = follow(&hint(0, "sub/file", &inside)).unwrap();
@@ -298,7 +296,7 @@ mod tests {
     fn a_changed_file_is_not_read_here() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("file"), "text").unwrap();
-        let shortcut = Shortcut::open(&[dir.path().to_owned()]).unwrap();
+        let shortcut = Shortcut::new(Layers::open(&[dir.path().to_owned()]).unwrap());
         let host = shortcut.follow(&hint(0, "file", &dir.path().join("file")), 7, shortcut.now()).unwrap();
         let mut read_only = Vec::new();
         read_only.u32(0).u32(0);

@@ -23,7 +23,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
+use rustix::fs::{AtFlags, OFlags, StatxFlags};
 
 use super::check::check_attr;
 use super::regular::{Permit, Permits, Regular, another};
@@ -32,6 +32,7 @@ use crate::export::privileges::write_like_anybody;
 use crate::export::stat::attr;
 use crate::export::wire::abi::{Attr, CAPABILITIES};
 use crate::export::wire::lent::UpperHint;
+use crate::folder;
 
 /// The upper folder, and what of it is open.
 #[derive(Debug, Default)]
@@ -78,8 +79,7 @@ impl UpperFile {
 
 impl Upper {
     pub(super) fn open(folder: Option<&Path>) -> io::Result<Self> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let folder = folder.map(|path| rustix::fs::open(path, flags, Mode::empty())).transpose()?;
+        let folder = folder.map(|path| folder::open(path, OFlags::RDONLY)).transpose()?;
         Ok(Self { folder, ..Self::default() })
     }
 
@@ -176,7 +176,7 @@ impl Upper {
 }
 
 fn find(folder: &OwnedFd, hint: &UpperHint<'_>, how: OFlags) -> io::Result<OwnedFd> {
-    let found = Regular::find(folder, hint.path, ResolveFlags::NO_XDEV)?;
+    let found = Regular::find(folder, hint.path)?;
     if found.stat.st_ino != hint.ino {
         return Err(another());
     }
@@ -188,6 +188,8 @@ fn find(folder: &OwnedFd, hint: &UpperHint<'_>, how: OFlags) -> io::Result<Owned
 mod tests {
     use std::fs;
     use std::os::unix::fs::{MetadataExt, symlink};
+
+    use rustix::fs::Mode;
 
     use super::*;
 

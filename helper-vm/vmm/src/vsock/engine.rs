@@ -12,6 +12,8 @@
 //! - A ring that makes no sense is left alone until the driver is reset. A reset shows in the queues'
 //!   positions, which nobody but us moves otherwise; a pause of the VM keeps them, and connections live on.
 
+use std::time::Instant;
+
 use vhost_user_backend::{VringMutex, VringState, VringT};
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
@@ -19,6 +21,8 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use super::mux::Mux;
 use super::packet::{HEADER_LEN, Header};
 use super::ring::{BadChain, Buffers, RingError, Side, give_back, pop};
+use crate::error_chain;
+use crate::log_rate::LogRate;
 
 /// Chains of either queue per round.
 const BATCH: usize = 128;
@@ -45,11 +49,12 @@ pub(super) struct Engine {
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     positions: Option<(u16, u16)>,
     broken: bool,
+    complaints: LogRate,
 }
 
 impl Engine {
     pub(super) fn new(mux: Mux, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> Self {
-        Self { mux, memory, positions: None, broken: false }
+        Self { mux, memory, positions: None, broken: false, complaints: LogRate::new(Instant::now()) }
     }
 
     /// Moves what can be moved.
@@ -79,10 +84,10 @@ impl Engine {
     }
 
     fn give_up(&mut self, error: &RingError) -> Served {
-        tracing::warn!(
-            error = error as &dyn std::error::Error,
-            "the guest broke its vsock queues; its connections are closed"
-        );
+        let line =
+            format!("the guest broke its vsock queues; its connections are closed: {}", error_chain(error));
+        // It can reset its driver and break them again.
+        self.complaints.admit(Instant::now(), &line).for_each(|line| tracing::warn!("{line}"));
         self.broken = true;
         self.mux.reset();
         Served::Idle

@@ -1,7 +1,7 @@
 //! One VM in use by one container: the share daemon, QEMU, the agent, and the files that belong to them.
 //!
 //! ```text
-//!   start   run directory -> work folder -> share daemon and VM -> MountShare -> event stream
+//!   start   run directory -> locks -> work folder -> share daemon and VM -> MountShare -> event stream
 //!   stop    the same backwards; a start that fails half-way does so too
 //! ```
 //!
@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, spawn_blocking};
 use tokio::time::timeout;
 use tracing::{Instrument, error, info, warn};
-use vmctr_fileshare::share::{Connection, Exit, ShareSpec};
+use vmctr_fileshare::share::{Connection, Exit, LockError, Locks, ShareSpec};
 use vmctr_proto::agent::{MountShareRequest, Stdio};
 use vmctr_proto::{guest_paths::SHARE_TAG, ports};
 use vmctr_vmm::accel::{self, AccelError};
@@ -69,6 +69,9 @@ pub enum SessionError {
     /// Its run directory cannot be used.
     #[error(transparent)]
     RunDir(#[from] RunDirError),
+    /// A folder of its root is somebody else's.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// Its work folder cannot be used.
     #[error(transparent)]
     WorkDir(#[from] WorkDirError),
@@ -91,7 +94,7 @@ pub enum SessionError {
     #[error(transparent)]
     Agent(#[from] CallError),
     /// A thread of ours is gone.
-    #[error("Cannot look for QEMU and the guest's files")]
+    #[error("Cannot look at the host's files")]
     Blocking(#[source] io::Error),
 }
 
@@ -104,6 +107,8 @@ pub struct Session {
     run_dir: RunDir,
     /// Held for its lock; removed with the session.
     work_dir: Option<WorkDir>,
+    /// Of the root's folders, until nothing of the session works on them any more.
+    locks: Locks,
     link: AgentLink,
     end: EndSignal,
     qemu: Qemu,
@@ -138,6 +143,7 @@ impl Session {
         warm: Option<Warm>,
     ) -> Result<Self, SessionError> {
         let mut steps = Steps::begin();
+        let locks = lock(&plan).await?;
         let work_dir = plan.work_dir.as_deref().map(WorkDir::create).transpose()?;
         let (assets, qemu) = find(config).await?;
         let resolution = accel::resolve(config, &assets, &qemu).await?;
@@ -169,6 +175,7 @@ impl Session {
             share_spec: plan.share,
             run_dir,
             work_dir,
+            locks,
             link,
             end,
             qemu,
@@ -273,14 +280,14 @@ impl Session {
             error!("Cannot stop the VM: {}", crate::error::chain(&error));
         }
         steps.end("vm");
-        let Self { share, run_dir, work_dir, .. } = self;
+        let Self { share, run_dir, work_dir, locks, .. } = self;
         let stopped = spawn_blocking(move || {
             let mut steps = Steps::begin();
             if let Err(error) = share.stop() {
                 error!("Cannot stop the share daemon: {error}");
             }
             steps.end("share");
-            drop(work_dir);
+            drop((work_dir, locks));
             let removed = run_dir.remove();
             steps.end("files");
             (steps, removed)
@@ -440,6 +447,13 @@ fn vm_ended(state: VmState) -> String {
 
 fn share_ended(exit: Exit) -> String {
     format!("The share daemon ended ({exit})")
+}
+
+/// A folder may be in use for a moment, which blocks.
+async fn lock(plan: &SessionPlan) -> Result<Locks, SessionError> {
+    let (share, own) = (plan.share.clone(), plan.work_dir.clone());
+    let locked = spawn_blocking(move || Locks::take(&share, own.as_deref()));
+    Ok(locked.await.map_err(|error| SessionError::Blocking(error.into()))??)
 }
 
 async fn find(config: &Config) -> Result<(GuestAssets, Qemu), SessionError> {

@@ -112,11 +112,7 @@ fn log_lines(mut from: impl BufRead, mut log: impl FnMut(&str)) -> io::Result<()
         if (&mut from).take(LINE_LIMIT).read_until(b'\n', &mut line)? == 0 {
             return Ok(());
         }
-        let Some(dropped) = rate.admit(Instant::now()) else { continue };
-        if dropped > 0 {
-            log(&format!("WARN ({dropped} lines dropped: too many per second)"));
-        }
-        log(String::from_utf8_lossy(&line).trim());
+        rate.admit(Instant::now(), String::from_utf8_lossy(&line).trim()).for_each(|line| log(&line));
     }
 }
 

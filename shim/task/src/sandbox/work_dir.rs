@@ -1,8 +1,9 @@
 //! overlayfs's work folder beside an upper-dir of the user's choice: made for one container, locked while it
 //! is in use, removed with it.
 //!
-//! Two VMs that write to one upper would each believe to be alone and ruin it; the lock refuses the second.
-//! A killed shim's lock goes with its process; the folder then goes with the clean-up or the next use.
+//! Two VMs that write to one upper would each believe to be alone and ruin it; the upper's own lock, taken before,
+//! refuses the second. This one keeps a clean-up, and a union that is told to use the folder, away from it. A killed
+//! shim's lock goes with its process; the folder then goes with the clean-up or the next use.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -22,8 +23,8 @@ pub struct WorkDir {
 /// The folder cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkDirError {
-    /// Another container changes the same upper.
-    #[error("The upper folder of {} is in use by another container", .0.display())]
+    /// Somebody else works in it.
+    #[error("{} is in use by another union or container", .0.display())]
     InUse(PathBuf),
     /// It cannot be made.
     #[error("Cannot make the work folder {}", path.display())]

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use rustix::fs::{AtFlags, CWD, StatxFlags};
 
+use super::super::layers::Layers;
 use super::*;
 
 /// Told by the guest.
@@ -25,7 +26,7 @@ fn layer() -> (tempfile::TempDir, Served, u64) {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     fs::create_dir_all(dir.path().join("dir/sub")).unwrap();
     fs::write(dir.path().join("dir/sub/file"), "text").unwrap();
-    let served = Served::new(Beneath::open(&[dir.path().to_owned()]).unwrap());
+    let served = Served::new(Beneath::new(Layers::open(&[dir.path().to_owned()]).unwrap()).unwrap());
     let entry = told(7, &dir.path().join("dir"));
     let id = served.settle(1, b"dir", &entry, Some((0, b"dir"))).id;
     assert!(is_own(id));

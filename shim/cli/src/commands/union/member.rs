@@ -14,29 +14,32 @@ use std::os::fd::OwnedFd;
 use std::process::ChildStderr;
 use std::sync::{Arc, OnceLock};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use rustix::mount::MountAttrFlags;
 use rustix::net::{Shutdown, shutdown};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 use tracing::{error, info, warn};
 use vmctr_fileshare::export::host::{Config as MountConfig, Export, Streams};
-use vmctr_fileshare::share::{Exit, Fsd, spawn};
+use vmctr_fileshare::share::{Exit, Fsd, Locks, spawn};
 use vmctr_vmm::config::Config;
 use vmctr_vmm::run_dir::{Role, RunDir};
 use vmctr_vmm::{LogRate, binaries, error_chain};
 
 use super::check::Plan;
 use super::helper::Helper;
-use super::locks::Locks;
 use super::order::Order;
 use super::serve::LANES;
 use super::served::Served;
 use super::{options, record};
 
 const DAEMON: &str = "vmctr-fsd";
+
+/// How long a daemon that was killed may take to end: it may wait for a disk.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// A log line of the daemon is cut here: it works on what a hostile guest sends.
 const LINE_LIMIT: u64 = 2048;
@@ -82,10 +85,10 @@ impl Prepared {
     /// Locks the folders, starts the share daemon. `log` is what the run directory shows as the union's log.
     pub async fn new(config: &Config, plan: Plan, log: &std::path::Path) -> anyhow::Result<Self> {
         let order = Order::Union(plan.clone());
-        let (wanted, place) = (order.clone(), config.run_dir.clone());
+        let (wanted, place) = (plan.clone(), config.run_dir.clone());
         let claim = move || {
-            let locks = Locks::take(&wanted)?;
-            anyhow::Ok((locks, record::claim(&place, wanted.mountpoint())?))
+            let locks = Locks::take(&wanted.share(), None)?;
+            anyhow::Ok((locks, record::claim(&place, &wanted.mountpoint)?))
         };
         let (locks, run_dir) = spawn_blocking(claim).await??;
         let started = async {
@@ -103,10 +106,14 @@ impl Prepared {
         }
     }
 
-    /// Leaves nothing.
-    pub fn undo(self) {
-        drop(self.fsd);
-        if let Err(error) = self.run_dir.remove() {
+    /// Leaves nothing. A share daemon that does not end keeps its folders locked until it does, and holds nobody up.
+    pub async fn undo(self) {
+        let Self { run_dir, fsd, locks, .. } = self;
+        let ended = spawn_blocking(move || drop((fsd, locks)));
+        if timeout(END_LIMIT, ended).await.is_err() {
+            warn!("The share daemon was killed and does not end yet");
+        }
+        if let Err(error) = run_dir.remove() {
             error!("{}", error_chain(&error));
         }
     }
@@ -115,8 +122,8 @@ impl Prepared {
     pub async fn mount(mut self, helper: Arc<Helper>, port: u32) -> Result<Member, Failed> {
         let plugged = self.plug(&helper, port).await;
         if let Err(error) = plugged {
-            self.undo();
-            return Err(Failed { error, port_is_free: false });
+            self.undo().await;
+            return Err(Failed { error, port_is_free: true });
         }
         match self.export(&helper, port).await {
             Ok((export, handles)) => Ok(self.into_member(helper, port, export, handles)),
@@ -125,7 +132,7 @@ impl Prepared {
                 if let Err(error) = &removed {
                     warn!("Port {port} stays in use: {}", error_chain(error));
                 }
-                self.undo();
+                self.undo().await;
                 Err(Failed { error, port_is_free: removed.is_ok() })
             }
         }
@@ -245,9 +252,8 @@ fn forward_log(stderr: ChildStderr) -> io::Result<()> {
         let mut line = Vec::new();
         // The end of the stream is the end of the daemon, which is watched elsewhere.
         while let Ok(1..) = (&mut lines).take(LINE_LIMIT).read_until(b'\n', &mut line) {
-            if rate.admit(Instant::now()).is_some() {
-                log_line(String::from_utf8_lossy(&line).trim());
-            }
+            let text = String::from_utf8_lossy(&line);
+            rate.admit(Instant::now(), text.trim()).for_each(|line| log_line(&line));
             line.clear();
         }
     };

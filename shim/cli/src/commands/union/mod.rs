@@ -16,7 +16,6 @@
 mod check;
 mod helper;
 mod list;
-mod locks;
 mod member;
 mod mount;
 mod options;

@@ -10,7 +10,6 @@
 //! closes the connection, which means that it declines.
 
 use std::io::{self, BufRead, Read};
-use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -45,26 +44,6 @@ pub enum Answer {
     Ready,
     /// It is not, and nothing is left.
     Failed(String),
-}
-
-impl Order {
-    /// Where it is mounted.
-    pub fn mountpoint(&self) -> &Path {
-        match self {
-            Self::Union(plan) => &plan.mountpoint,
-            Self::Container(target) => &target.mountpoint,
-        }
-    }
-
-    /// The folders on this host that nobody else may change.
-    pub fn folders(&self) -> (&[PathBuf], Vec<&PathBuf>) {
-        match self {
-            Self::Union(plan) => {
-                (&plan.lowers, plan.top.iter().flat_map(|top| [&top.upper, &top.work]).collect())
-            }
-            Self::Container(_) => (&[], vec![]),
-        }
-    }
 }
 
 impl Answer {

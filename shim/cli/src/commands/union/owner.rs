@@ -104,7 +104,7 @@ pub async fn run(config: &Config, plan: Plan) -> anyhow::Result<()> {
         match start_vm(config, &run_dir).await {
             Ok(helper) => Ok((helper, prepared)),
             Err(error) => {
-                prepared.undo();
+                prepared.undo().await;
                 Err(error)
             }
         }

@@ -21,10 +21,10 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tracing::{info, warn};
 use vmctr_fileshare::export::host::{Cache, Config as MountConfig, Export, Streams};
+use vmctr_fileshare::share::Locks;
 use vmctr_vmm::config::Config;
 use vmctr_vmm::run_dir::RunDir;
 
-use super::locks::Locks;
 use super::mount::answer;
 use super::order::{Answer, Order};
 use super::served::Served;
@@ -80,13 +80,12 @@ async fn serve_container(config: &Config, target: Target) -> anyhow::Result<()> 
 
 async fn start(config: &Config, target: Target) -> anyhow::Result<Served> {
     let order = Order::Container(target.clone());
-    let locks = Locks::take(&order)?;
     let (place, mountpoint) = (config.run_dir.clone(), target.mountpoint.clone());
     let run_dir = spawn_blocking(move || record::claim(&place, &mountpoint)).await??;
     match start_in(&order, &target, &run_dir).await {
         Ok(export) => {
             info!("Mounted");
-            Ok(Served::new(export, run_dir, target.mountpoint, locks))
+            Ok(Served::new(export, run_dir, target.mountpoint, Locks::default()))
         }
         Err(error) => {
             // The first error is the one to tell.

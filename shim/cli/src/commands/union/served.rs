@@ -10,11 +10,11 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 use tracing::{error, warn};
-use vmctr_fileshare::export::host::{Export, Figures, unmount};
+use vmctr_fileshare::export::host::{Export, Figures};
+use vmctr_fileshare::share::Locks;
 use vmctr_vmm::error_chain;
 use vmctr_vmm::run_dir::RunDir;
 
-use super::locks::Locks;
 use super::record;
 
 /// Between two looks whether the mount is still there.
@@ -83,8 +83,13 @@ impl Served {
 
     /// Unmounts it, whoever uses it.
     pub fn take_away(&self) {
-        if let Err(error) = unmount(&self.mountpoint, true) {
-            warn!("Cannot unmount {}: {error}", self.mountpoint.display());
+        let place = self.mountpoint.display();
+        match self.export.take_away() {
+            Ok(true) => {}
+            Ok(false) => {
+                warn!("{place} is unmounted already, or has another mount over it, which is left there")
+            }
+            Err(error) => warn!("Cannot unmount {place}: {error}"),
         }
     }
 
