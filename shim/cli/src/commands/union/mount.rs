@@ -57,7 +57,7 @@ fn mount(config: &Config, order: &Order) -> Outcome {
 /// By a VM that is there already, or else by a new one, for which all that come meanwhile wait.
 fn in_a_common_vm(config: &Config, order: &Order) -> anyhow::Result<Answer> {
     let turn = Turn::take(config)?;
-    owners::clear_up(config)?;
+    owners::clear_up(config);
     let Some(mut taken) = owners::hand_over(config, order)? else { return wait(start(config, order)?) };
     drop(turn);
     let answer = Answer::read(&mut taken).context("The VM's process")?;

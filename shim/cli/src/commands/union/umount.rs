@@ -10,7 +10,7 @@ use anyhow::{Context as _, anyhow};
 use rustix::io::Errno;
 use vmctr_fileshare::export::host::unmount;
 use vmctr_vmm::config::Config;
-use vmctr_vmm::run_dir;
+use vmctr_vmm::run_dir::{self, RunDirError};
 
 use super::owners;
 use super::record::{self, State};
@@ -87,10 +87,11 @@ fn wait_for_end(config: &Config, place: &Path) -> anyhow::Result<()> {
 /// Removes what a process has left; what it has noted.
 fn clear_up(config: &Config, place: &Path) -> anyhow::Result<Option<String>> {
     let Some(mount) = record::find(&config.run_dir, place)? else { return Ok(None) };
-    if mount.state() != State::Dead {
-        return Ok(None);
+    match run_dir::clear_dead(&config.run_dir, &mount.entry.key) {
+        Ok(()) => owners::clear_up(config),
+        // It was taken away lazily, or mounted anew in this moment.
+        Err(RunDirError::InUse { .. }) => return Ok(None),
+        Err(error) => return Err(error.into()),
     }
-    run_dir::cleanup(&config.run_dir, &mount.entry.key)?;
-    owners::clear_up(config)?;
     Ok(mount.lost)
 }
