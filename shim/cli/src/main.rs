@@ -24,6 +24,7 @@ mod output;
 mod progress;
 mod scratch;
 mod source;
+mod sys;
 mod vms;
 
 use std::io::IsTerminal;

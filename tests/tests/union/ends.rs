@@ -128,5 +128,17 @@ fn changes_that_could_not_be_written_in_the_end_are_listed_until_somebody_clears
     eventually("the process ends", PATIENCE, || place.list()[0]["state"] == "dead");
     let left = place.list();
     assert!(left[0]["lost"].as_str().is_some_and(|why| why.contains("may be lost")), "{left:?}");
+    let again = place.try_mount(&place.options(), "mnt");
+    assert!(again.code() == 125 && again.errors().contains("may be lost"), "{again}");
+    assert_eq!(place.list(), left);
+    place.umount();
+}
+
+#[test]
+fn what_its_caller_has_open_does_not_stay_open_with_a_union() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    place.mount_after("exec 9> lock; flock 9", &place.options()).ok();
+    place.shell("flock -n lock echo free").ok().prints("free");
     place.umount();
 }

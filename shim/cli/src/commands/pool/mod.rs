@@ -28,6 +28,7 @@ use vmctr_vmm::run_dir::{self, RunDirError};
 use super::Context;
 use crate::failure::{Failure, Outcome, Verdict};
 use crate::output;
+use crate::sys::keep_descriptors;
 use members::Members;
 
 /// A pool answers at once, but may have some clients to serve before.
@@ -36,6 +37,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Keeps the pool until a signal ends the process.
 pub fn run(config: &Config) -> Outcome {
     let places = places(config)?;
+    keep_descriptors();
     let _lock = only_one(config)?;
     clear_up(config);
     let members = Arc::new(Members::default());

@@ -172,11 +172,11 @@ impl Plan {
         Ok(plan)
     }
 
-    /// What one union changes must not lie in what another one shows. One folder in both is for their locks to tell.
+    /// What one union changes must not lie in what another one shows.
     pub fn check_beside(&self, other: &Self) -> Result<(), CheckError> {
         let ours = self.folders()?;
-        // It may be of another mount namespace: then its paths say nothing here.
-        for theirs in other.folders().unwrap_or_default() {
+        // One may be of another mount namespace: then its path says nothing here.
+        for theirs in other.each_folder().flatten() {
             if let Some(one) = ours.iter().find(|one| one.overlaps(&theirs)) {
                 return Err(CheckError::Overlaps {
                     role: one.role,
@@ -199,16 +199,20 @@ impl Plan {
         ShareSpec { used_by: UsedBy::Union, lowers: self.lowers.clone(), top, ..ShareSpec::new() }
     }
 
-    fn folders<'a>(&'a self) -> Result<Vec<Folder<'a>>, CheckError> {
+    fn folders(&self) -> Result<Vec<Folder<'_>>, CheckError> {
+        self.each_folder().collect()
+    }
+
+    fn each_folder<'a>(&'a self) -> impl Iterator<Item = Result<Folder<'a>, CheckError>> {
         let lowers = self.lowers.iter().map(|path| (LOWER, path));
         let top = self.top.iter().flat_map(|top| [(UPPER, &top.upper), (WORK, &top.work)]);
         let table = record::mount_table();
-        let folder = |(role, path): (_, &'a PathBuf)| {
+        let folder = move |(role, path): (_, &'a PathBuf)| {
             let meta = metadata(role, path)?;
             let place = Place::find(&table, mount_of(role, path)?, path);
             Ok(Folder { role, path, id: (meta.dev(), meta.ino()), place })
         };
-        lowers.chain(top).map(folder).collect()
+        lowers.chain(top).map(folder)
     }
 }
 

@@ -34,7 +34,7 @@ use super::locks::Locks;
 use super::order::Order;
 use super::serve::LANES;
 use super::served::Served;
-use super::{options, record};
+use super::{beside, options, record};
 
 const DAEMON: &str = "vmctr-fsd";
 
@@ -91,6 +91,8 @@ impl Prepared {
         let started = async {
             fs::hard_link(log, record::log(run_dir.path())).context("Cannot share the log")?;
             record::write(run_dir.path(), &order).context("Cannot write down what is mounted")?;
+            let (place, wanted) = (config.run_dir.clone(), plan.clone());
+            spawn_blocking(move || beside::check(&place, &wanted)).await??;
             start_daemon(config, &plan, &run_dir).await
         };
         match started.await {

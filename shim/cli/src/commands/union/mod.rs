@@ -13,6 +13,7 @@
 //!
 //! What is mounted stands in `mount.json` of its run directory, whose key comes from the mountpoint.
 
+mod beside;
 mod check;
 mod helper;
 mod list;

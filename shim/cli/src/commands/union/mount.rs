@@ -18,6 +18,7 @@ use super::target::Target;
 use crate::cli::{MountArgs, UnionMount};
 use crate::commands::Context;
 use crate::failure::{Failure, Outcome, Verdict};
+use crate::sys::keep_descriptors;
 
 /// Mounts a union.
 pub fn run(config: &Config, args: &UnionMount) -> Outcome {
@@ -27,13 +28,7 @@ pub fn run(config: &Config, args: &UnionMount) -> Outcome {
     let options = Options::parse(&given.join(",")).map_err(|error| {
         Failure::failed(error).hint("as in `-o lowerdir=A:B,upperdir=U,workdir=W MOUNTPOINT`")
     })?;
-    let plan = Plan::check(options, &args.mountpoint)?;
-    for mount in record::list(&config.run_dir)?.iter().filter(|mount| mount.state() == State::Mounted) {
-        if let Some(Order::Union(other)) = &mount.order {
-            plan.check_beside(other)?;
-        }
-    }
-    mount(config, &Order::Union(plan))
+    mount(config, &Order::Union(Plan::check(options, &args.mountpoint)?))
 }
 
 /// Mounts a container's root.
@@ -72,10 +67,13 @@ fn check_free(config: &Config, mountpoint: &Path) -> Result<(), Failure> {
     let kind = found.kind();
     match found.state() {
         State::Changing => Ok(()),
-        State::Dead if !record::is_mounted(&place) => Ok(()),
+        State::Dead if found.lost.is_none() && !record::is_mounted(&place) => Ok(()),
         State::Mounted => Err(anyhow!("A {kind} is mounted on {shown} already").into()),
-        State::Lost | State::Dead => Err(Failure::failed(anyhow!("What is left of a {kind} is on {shown}"))
-            .hint(format!("`vmctr umount {shown}` clears it"))),
+        State::Lost | State::Dead => {
+            let left = format!("What is left of a {kind} is on {shown}");
+            let left = found.lost.map_or(left.clone(), |why| format!("{left}: {why}"));
+            Err(Failure::failed(anyhow!(left)).hint(format!("`vmctr umount {shown}` clears it")))
+        }
     }
 }
 
@@ -85,6 +83,7 @@ fn start(config: &Config, order: &Order) -> anyhow::Result<Child> {
     if std::env::var_os("RUST_LOG").is_none() {
         command.env("RUST_LOG", config.log.level.as_str());
     }
+    keep_descriptors();
     let mut child = command.current_dir("/").spawn().context("Cannot start the background process")?;
     let order = serde_json::to_vec(order)?;
     let mut stdin = child.stdin.take().context("The background process has no input")?;

@@ -40,6 +40,22 @@ const POLL: Duration = Duration::from_millis(20);
 /// The mount's type in /proc/mounts.
 const TYPE: &str = "fuse.vmctr";
 
+/// A mountpoint cannot be claimed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClaimError {
+    /// Its run directory cannot be had.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// What could not be written to disk is to be known before it is forgotten.
+    #[error("What is left of a mount is on {0}: {1}: `vmctr umount {0}` clears it", .mountpoint.display(), .why)]
+    Noted {
+        /// The mountpoint.
+        mountpoint: PathBuf,
+        /// What was noted.
+        why: String,
+    },
+}
+
 /// A mount that has a run directory.
 #[derive(Debug)]
 pub struct Mount {
@@ -113,15 +129,28 @@ pub fn owner(mountpoint: &Path) -> Owner {
     }
 }
 
-/// Makes the run directory of what is to be mounted there. Blocks for a while where another process still writes to
-/// disk what was changed in the mount before.
-pub fn claim(run_dir: &Path, mountpoint: &Path) -> Result<RunDir, RunDirError> {
+/// Makes the run directory of what is to be mounted there, unless what happened to the mount before is to be known.
+/// Blocks for a while where another process still writes to disk what was changed in that.
+pub fn claim(run_dir: &Path, mountpoint: &Path) -> Result<RunDir, ClaimError> {
     let until = Instant::now() + PATIENCE;
     loop {
+        check_seen(run_dir, mountpoint)?;
         match RunDir::create(run_dir, owner(mountpoint)) {
             Err(RunDirError::InUse { .. }) if Instant::now() < until => sleep(POLL),
-            outcome => return outcome,
+            outcome => return Ok(outcome?),
         }
+    }
+}
+
+/// Whoever had the directory before notes what was lost before it lets the directory go: so that is looked at first.
+fn check_seen(run_dir: &Path, mountpoint: &Path) -> Result<(), ClaimError> {
+    let Ok(Some(before)) = find(run_dir, mountpoint) else { return Ok(()) };
+    if before.process(Role::Shim).is_some() {
+        return Ok(());
+    }
+    match fs::read_to_string(before.entry.path.join(LOST)) {
+        Ok(why) => Err(ClaimError::Noted { mountpoint: mountpoint.to_owned(), why }),
+        Err(_) => Ok(()),
     }
 }
 
@@ -266,6 +295,19 @@ mod tests {
         let line = r"36 35 0:55 / /mnt/a\040b\134 rw,nosuid shared:1 - fuse.vmctr vmctr rw,user_id=0";
         assert_eq!(mount(line), Some((r"/mnt/a b\".to_owned(), "fuse.vmctr")));
         assert_eq!(mount("nonsense"), None);
+    }
+
+    #[test]
+    fn what_was_lost_is_not_forgotten_unseen() {
+        let root = tempfile::tempdir().unwrap();
+        let place = Path::new("/mnt/x");
+        let dir = claim(root.path(), place).unwrap();
+        note_lost(dir.path(), "Changes may be lost").unwrap();
+        dir.disown().unwrap();
+        let refused = claim(root.path(), place).unwrap_err().to_string();
+        assert!(refused.contains("Changes may be lost: `vmctr umount /mnt/x`"), "{refused}");
+        run_dir::clear_dead(root.path(), &RunKey::of_bundle(place)).unwrap();
+        claim(root.path(), place).unwrap();
     }
 
     #[test]
