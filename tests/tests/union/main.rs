@@ -86,7 +86,7 @@ fn mount_8_and_fstab_mount_a_union() {
     symlink(prerequisites::binary("vmctr"), bin.join("mount.fuse.vmctr")).expect("writable");
     // mount(8) looks for its helpers in /sbin: there, for this one process and its children only.
     let fstab = format!(
-        "vmctr {} fuse.vmctr {},noauto,nofail,users,_netdev 0 0\n",
+        "vmctr {} fuse.vmctr {},noauto,nofail,users,_netdev,async,nogroup 0 0\n",
         place.at("mnt").display(),
         place.options()
     );

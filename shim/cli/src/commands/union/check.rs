@@ -159,7 +159,6 @@ const MOUNTPOINT: &str = "mountpoint";
 impl Plan {
     /// Checks everything that can be known before the start.
     pub fn check(options: Options, mountpoint: &Path) -> Result<Self, CheckError> {
-        check_host()?;
         let lowers = options.lowers.iter().map(|path| resolve(LOWER, path)).collect::<Result<_, _>>()?;
         let top = options
             .top

@@ -20,6 +20,7 @@ mod list;
 mod locks;
 mod member;
 mod mount;
+mod mount8;
 mod options;
 mod order;
 mod owner;
@@ -62,9 +63,9 @@ pub fn umount(config: &Config, args: &UnionUmount) -> Outcome {
     umount::run(config, args)
 }
 
-/// What mount(8) and fstab call: `mount.fuse.vmctr SOURCE MOUNTPOINT [-sfnv] [-o OPTIONS] ...`.
+/// What mount(8) calls, for fstab as well.
 pub fn mount_helper(args: impl Iterator<Item = OsString>) -> Outcome {
-    match mount::helper_args(args)? {
+    match mount8::parse(args)? {
         Some(args) => mount::run(&config()?, &args),
         None => Ok(crate::failure::Verdict::Good),
     }

@@ -1,16 +1,15 @@
 //! `vmctr union mount` and `vmctr mount`: check, find or start the background process and wait for its word.
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufReader, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, anyhow, bail};
 use vmctr_vmm::config::Config;
 
-use super::check::Plan;
-use super::options::{self, Options};
+use super::check::{self, CheckError, Plan};
+use super::options::{self, Options, OptionsError};
 use super::order::{Answer, Order};
 use super::owners::{self, Turn};
 use super::record::{self, State};
@@ -22,12 +21,17 @@ use crate::sys::keep_descriptors;
 
 /// Mounts a union.
 pub fn run(config: &Config, args: &UnionMount) -> Outcome {
-    check_free(config, &args.mountpoint)?;
     let own_vm = args.own_vm.then(|| options::OWN_VM.to_owned());
     let given: Vec<_> = args.options.iter().cloned().chain(own_vm).collect();
-    let options = Options::parse(&given.join(",")).map_err(|error| {
-        Failure::failed(error).hint("as in `-o lowerdir=A:B,upperdir=U,workdir=W MOUNTPOINT`")
+    let options = Options::parse(&given.join(",")).map_err(|error| match error {
+        OptionsError::Remount => Failure::usage(error),
+        error => Failure::usage(error).hint("as in `-o lowerdir=A:B,upperdir=U,workdir=W MOUNTPOINT`"),
     })?;
+    check::check_host().map_err(|error| match error {
+        CheckError::NotRoot => Failure::usage(error),
+        error => Failure::failed(error),
+    })?;
+    check_free(config, &args.mountpoint)?;
     mount(config, &Order::Union(Plan::check(options, &args.mountpoint)?))
 }
 
@@ -100,27 +104,6 @@ fn wait(mut child: Child) -> anyhow::Result<Answer> {
     bail!("The background process ended without a word ({status})");
 }
 
-/// The arguments as mount(8) gives them; `None` when it wants nothing done (`-f`).
-pub fn helper_args(args: impl Iterator<Item = OsString>) -> Result<Option<UnionMount>, Failure> {
-    let (mut places, mut options, mut fake) = (Vec::new(), Vec::new(), false);
-    let mut args = args.map(|arg| arg.into_string().map_err(|arg| anyhow!("{} is not UTF-8", arg.display())));
-    while let Some(arg) = args.next().transpose()? {
-        let mut value = || args.next().transpose()?.with_context(|| format!("{arg} lacks its value"));
-        match arg.as_str() {
-            "-o" => options.push(value()?),
-            "-t" => drop(value()?),
-            "-f" => fake = true,
-            "-n" | "-s" | "-v" => {}
-            _ if arg.starts_with('-') => return Err(anyhow!("Option {arg} is not known").into()),
-            _ => places.push(arg),
-        }
-    }
-    let [_, mountpoint] = places.as_slice() else {
-        return Err(anyhow!("usage: mount.fuse.vmctr vmctr MOUNTPOINT -o lowerdir=A[:B...],...").into());
-    };
-    Ok((!fake).then(|| UnionMount { options, own_vm: false, mountpoint: PathBuf::from(mountpoint) }))
-}
-
 /// Says the word, from the background process. Standard output ends with it.
 pub fn answer(answer: &Answer) -> anyhow::Result<()> {
     let mut stdout = std::io::stdout();
@@ -129,24 +112,4 @@ pub fn answer(answer: &Answer) -> anyhow::Result<()> {
     let null = File::options().read(true).write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdout(&null)?;
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parsed(args: &[&str]) -> Result<Option<UnionMount>, Failure> {
-        helper_args(args.iter().map(OsString::from))
-    }
-
-    #[test]
-    fn mounts_arguments_are_understood() {
-        let args = ["vmctr", "/mnt", "-s", "-o", "rw,lowerdir=/a", "-t", "fuse.vmctr"];
-        let args = parsed(&args).unwrap().unwrap();
-        assert_eq!((args.options, args.mountpoint), (vec!["rw,lowerdir=/a".into()], "/mnt".into()));
-        assert!(parsed(&["vmctr", "/mnt", "-f"]).unwrap().is_none());
-        assert!(parsed(&["vmctr"]).is_err());
-        assert!(parsed(&["vmctr", "/mnt", "-o"]).is_err());
-        assert!(parsed(&["vmctr", "/mnt", "-x"]).is_err());
-    }
 }
