@@ -12,7 +12,7 @@ use vmctr_fileshare::share::{ShareSpec, Top, UsedBy};
 
 use super::options::Options;
 use super::place::Place;
-use super::record;
+use super::table;
 
 /// Version of what `mount.json` says of a union, and of the order to the background process.
 const VERSION: u32 = 1;
@@ -205,7 +205,7 @@ impl Plan {
     fn each_folder<'a>(&'a self) -> impl Iterator<Item = Result<Folder<'a>, CheckError>> {
         let lowers = self.lowers.iter().map(|path| (LOWER, path));
         let top = self.top.iter().flat_map(|top| [(UPPER, &top.upper), (WORK, &top.work)]);
-        let table = record::mount_table();
+        let table = table::own();
         let folder = move |(role, path): (_, &'a PathBuf)| {
             let meta = metadata(role, path)?;
             let place = Place::find(&table, mount_of(role, path)?, path);

@@ -166,6 +166,9 @@ impl Prepared {
                 let _ = shutdown(handle, Shutdown::Both);
             }
         });
+        if let Err(error) = record::write_device(run_dir.path(), &plan.mountpoint) {
+            warn!("Cannot write down which mount it is: {error}");
+        }
         info!("Mounted {}", plan.mountpoint.display());
         Member { helper, port, served: Served::new(export, run_dir, plan.mountpoint, locks), fsd, exit }
     }

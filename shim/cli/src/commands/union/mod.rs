@@ -30,8 +30,10 @@ mod ports;
 mod record;
 mod serve;
 mod served;
+mod table;
 mod target;
 mod umount;
+mod users;
 
 use std::ffi::OsString;
 

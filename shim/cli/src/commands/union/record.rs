@@ -5,6 +5,7 @@
 //!     meta.json        the background process; a union's VM and share daemon
 //!     mount.json       what is mounted
 //!     relay.json       what its relay has done so far
+//!     device           of its file system, as the kernel's table has it; not there before it is mounted
 //!     log              what the background process has to say
 //!     lost             why the mount fails, or what was lost with it; stays when that is to be known
 //! ```
@@ -21,6 +22,7 @@ use vmctr_fileshare::export::host::Figures;
 use vmctr_vmm::run_dir::{self, Entry, Owner, Role, RunDir, RunDirError, RunKey};
 
 use super::order::Order;
+use super::table::{self, Line};
 
 /// Stands where containers have containerd's namespace.
 const NAMESPACE: &str = "vmctr-union";
@@ -29,6 +31,7 @@ const FILE: &str = "mount.json";
 const LOG: &str = "log";
 const LOST: &str = "lost";
 const RELAY: &str = "relay.json";
+const DEVICE: &str = "device";
 
 /// Of what the background process notes.
 const MAX_NOTE: usize = 4096;
@@ -36,9 +39,6 @@ const MAX_NOTE: usize = 4096;
 /// How long a mount that was taken away a moment ago may keep its place.
 const PATIENCE: Duration = Duration::from_secs(3);
 const POLL: Duration = Duration::from_millis(20);
-
-/// The mount's type in /proc/mounts.
-const TYPE: &str = "fuse.vmctr";
 
 /// A mountpoint cannot be claimed.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +54,9 @@ pub enum ClaimError {
         /// What was noted.
         why: String,
     },
+    /// Somebody has something of it open, or its changes are on their way to disk.
+    #[error("{}", still_used(.0))]
+    StillUsed(PathBuf),
 }
 
 /// A mount that has a run directory.
@@ -67,6 +70,8 @@ pub struct Mount {
     pub order: Option<Order>,
     /// What went wrong.
     pub lost: Option<String>,
+    /// Its file system's.
+    pub device: Option<String>,
 }
 
 /// What a union's relay has done so far: requests that somebody waited for the VM to answer, and what was read
@@ -137,9 +142,21 @@ pub fn claim(run_dir: &Path, mountpoint: &Path) -> Result<RunDir, ClaimError> {
         check_seen(run_dir, mountpoint)?;
         match RunDir::create(run_dir, owner(mountpoint)) {
             Err(RunDirError::InUse { .. }) if Instant::now() < until => sleep(POLL),
+            Err(RunDirError::InUse { .. }) if !is_mounted(mountpoint) => {
+                return Err(ClaimError::StillUsed(mountpoint.to_owned()));
+            }
             outcome => return Ok(outcome?),
         }
     }
+}
+
+/// Why there is no place for another mount where none is seen.
+pub fn still_used(mountpoint: &Path) -> String {
+    let place = mountpoint.display();
+    format!(
+        "What was mounted on {place} is unmounted, but still used, or its changes are being written to disk: \
+         `vmctr umount {place}` waits for that, and says who uses it"
+    )
 }
 
 /// Whoever had the directory before notes what was lost before it lets the directory go: so that is looked at first.
@@ -157,6 +174,14 @@ fn check_seen(run_dir: &Path, mountpoint: &Path) -> Result<(), ClaimError> {
 /// Writes down what is mounted.
 pub fn write(dir: &Path, order: &Order) -> io::Result<()> {
     write_whole(&dir.join(FILE), &serde_json::to_vec_pretty(order)?)
+}
+
+/// Writes down which file system it is, now that it is mounted.
+pub fn write_device(dir: &Path, mountpoint: &Path) -> io::Result<()> {
+    match table::topmost(mountpoint).filter(Line::is_ours) {
+        Some(line) => write_whole(&dir.join(DEVICE), line.device.as_bytes()),
+        None => Ok(()),
+    }
 }
 
 /// Writes down what went wrong.
@@ -210,7 +235,8 @@ impl Mount {
         let order = fs::read(entry.path.join(FILE)).ok();
         let order = order.and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let lost = fs::read_to_string(entry.path.join(LOST)).ok();
-        Some(Self { entry, mountpoint, order, lost })
+        let device = fs::read_to_string(entry.path.join(DEVICE)).ok();
+        Some(Self { entry, mountpoint, order, lost, device })
     }
 
     /// What it is of.
@@ -230,13 +256,19 @@ impl Mount {
     /// How it is with it now.
     pub fn state(&self) -> State {
         let live = |role| self.process(role).is_some();
-        match (live(Role::Shim), is_mounted(&self.mountpoint)) {
+        match (live(Role::Shim), self.is_mounted()) {
             (false, _) => State::Dead,
             (true, false) => State::Changing,
             // Its process notes at once when its VM ends; whoever unmounts it after that knows of the loss.
             (true, true) if self.lost.is_none() => State::Mounted,
             (true, true) => State::Lost,
         }
+    }
+
+    /// Whether it is in its place, seen or covered by something else.
+    pub fn is_mounted(&self) -> bool {
+        let is_it = |line: &Line| self.device.as_ref().is_none_or(|device| *device == line.device);
+        table::own().iter().any(|line| line.is_ours() && line.point == self.mountpoint && is_it(line))
     }
 
     /// The live process with this role.
@@ -247,31 +279,7 @@ impl Mount {
 
 /// Whether something of ours is mounted there.
 pub fn is_mounted(mountpoint: &Path) -> bool {
-    let found = |(point, kind): (String, &str)| kind == TYPE && Path::new(&point) == mountpoint;
-    mount_table().lines().filter_map(mount).any(found)
-}
-
-/// The kernel's table of this process's mounts; empty where /proc is not there.
-pub fn mount_table() -> String {
-    fs::read_to_string("/proc/self/mountinfo").unwrap_or_default()
-}
-
-/// Mountpoint and type of a line of mountinfo.
-fn mount(line: &str) -> Option<(String, &str)> {
-    let (left, right) = line.split_once(" - ")?;
-    Some((unescaped(left.split(' ').nth(4)?), right.split(' ').next()?))
-}
-
-/// The kernel writes spaces and the like as a backslash and three octal digits.
-pub fn unescaped(text: &str) -> String {
-    let mut parts = text.split('\\');
-    let mut plain = parts.next().unwrap_or_default().as_bytes().to_vec();
-    for part in parts {
-        let code = part.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        plain.extend(code);
-        plain.extend_from_slice(part.get(3..).unwrap_or_default().as_bytes());
-    }
-    String::from_utf8_lossy(&plain).into_owned()
+    table::own().iter().any(|line| line.is_ours() && line.point == mountpoint)
 }
 
 /// A mountpoint as it was recorded: absolute, without symbolic links. The mount itself is not asked, which may not
@@ -289,13 +297,6 @@ pub fn resolve(mountpoint: &Path) -> io::Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_mount_table_is_read_with_its_escapes() {
-        let line = r"36 35 0:55 / /mnt/a\040b\134 rw,nosuid shared:1 - fuse.vmctr vmctr rw,user_id=0";
-        assert_eq!(mount(line), Some((r"/mnt/a b\".to_owned(), "fuse.vmctr")));
-        assert_eq!(mount("nonsense"), None);
-    }
 
     #[test]
     fn what_was_lost_is_not_forgotten_unseen() {

@@ -93,6 +93,9 @@ async fn start(config: &Config, target: Target) -> anyhow::Result<Served> {
     let run_dir = spawn_blocking(move || record::claim(&place, &mountpoint)).await??;
     match start_in(&order, &target, &run_dir).await {
         Ok(export) => {
+            if let Err(error) = record::write_device(run_dir.path(), &target.mountpoint) {
+                warn!("Cannot write down which mount it is: {error}");
+            }
             info!("Mounted");
             Ok(Served::new(export, run_dir, target.mountpoint, locks))
         }

@@ -13,7 +13,9 @@ use vmctr_vmm::config::Config;
 use vmctr_vmm::run_dir::{self, RunDirError};
 
 use super::owners;
-use super::record::{self, State};
+use super::record::{self, Mount, State};
+use super::table::{self, Line};
+use super::users::{self, User};
 use crate::cli::UnionUmount;
 use crate::failure::{Failure, Outcome, Verdict};
 
@@ -24,25 +26,43 @@ const POLL: Duration = Duration::from_millis(20);
 /// A VM that starts copies the host's mounts and drops them: for that moment, each of them is busy.
 const BUSY_FOR_A_MOMENT: Duration = Duration::from_millis(300);
 
+/// Whoever uses it for longer is no such VM.
+const USED_LIMIT: Duration = Duration::from_secs(5);
+
+/// Between two looks at all processes of this host.
+const LOOK: Duration = Duration::from_millis(500);
+
 /// Unmounts, and clears up after a process that was killed.
 pub fn run(config: &Config, args: &UnionUmount) -> Outcome {
     let shown = args.mountpoint.display();
     let place = record::resolve(&args.mountpoint).with_context(|| format!("Cannot use {shown}"))?;
     let known = record::find(&config.run_dir, &place)?;
-    if record::is_mounted(&place) {
+    if known.as_ref().map_or_else(|| record::is_mounted(&place), Mount::is_mounted) {
+        check_uncovered(&place, known.as_ref())?;
         take_away(&place, args.lazy)?;
     } else if known.is_none() {
         return Err(Failure::not_found(anyhow!("No union or container is mounted on {shown}")));
     }
-    let was_served = known.is_some_and(|known| known.state() != State::Dead);
+    let was_served = known.as_ref().is_some_and(|known| known.state() != State::Dead);
     // Whoever still has a file open keeps the VM.
     if !args.lazy {
-        wait_for_end(config, &place)?;
+        let device = known.and_then(|known| known.device);
+        wait_for_end(config, &place, device.as_deref())?;
     }
     match clear_up(config, &place)? {
         Some(why) if was_served => Err(anyhow!(why).into()),
         _ => Ok(Verdict::Good),
     }
+}
+
+/// Whatever is mounted on top would be taken away instead.
+fn check_uncovered(place: &Path, known: Option<&Mount>) -> Result<(), Failure> {
+    let device = known.and_then(|known| known.device.as_ref());
+    let is_it = |line: &Line| line.is_ours() && device.is_none_or(|device| *device == line.device);
+    let Some(line) = table::topmost(place).filter(|line| !is_it(line)) else { return Ok(()) };
+    let (shown, Line { kind, source, .. }) = (place.display(), line);
+    let error = anyhow!("Something else is mounted on {shown}, over it: {source}, of type {kind}");
+    Err(Failure::failed(error).hint(format!("`umount {shown}` takes that away")))
 }
 
 fn is_busy(error: &io::Error) -> bool {
@@ -72,15 +92,57 @@ fn take_away(place: &Path, lazy: bool) -> Result<(), Failure> {
     })
 }
 
-fn wait_for_end(config: &Config, place: &Path) -> anyhow::Result<()> {
+fn wait_for_end(config: &Config, place: &Path, device: Option<&str>) -> anyhow::Result<()> {
     let until = Instant::now() + PATIENCE;
+    let mut watch = Watch::new(device);
     loop {
-        match record::find(&config.run_dir, place)?.map(|mount| mount.state()) {
+        let mount = record::find(&config.run_dir, place)?;
+        match mount.as_ref().map(Mount::state) {
             Some(State::Dead) => return Ok(()),
             None if !record::has_files(&config.run_dir, place) => return Ok(()),
             _ if Instant::now() < until => sleep(POLL),
-            _ => return Err(anyhow!("The mount's process does not end")),
+            _ => return Err(late(place, mount.as_ref())),
         }
+        if let Some(user) = watch.look(config, place)? {
+            let place = place.display();
+            return Err(anyhow!("What was mounted on {place} is unmounted there, but still used: {user}"));
+        }
+    }
+}
+
+fn late(place: &Path, mount: Option<&Mount>) -> anyhow::Error {
+    let (place, limit) = (place.display(), PATIENCE.as_secs());
+    let log = mount.map_or_else(String::new, |mount| {
+        format!(": what it does is in {}", record::log(&mount.entry.path).display())
+    });
+    anyhow!("The process of what was mounted on {place} has not ended within {limit} s{log}")
+}
+
+/// Looks now and then who uses what was unmounted.
+struct Watch<'a> {
+    device: Option<&'a str>,
+    last: Instant,
+    found_since: Option<Instant>,
+}
+
+impl<'a> Watch<'a> {
+    fn new(device: Option<&'a str>) -> Self {
+        Self { device, last: Instant::now(), found_since: None }
+    }
+
+    /// Whoever has used it for some time.
+    fn look(&mut self, config: &Config, place: &Path) -> Result<Option<User>, RunDirError> {
+        let Some(device) = self.device.filter(|_| self.last.elapsed() > LOOK) else { return Ok(None) };
+        // The number is another's as soon as this file system is gone.
+        let is_others = |mount: &Mount| {
+            mount.mountpoint != place && mount.device.as_deref() == Some(device) && mount.is_mounted()
+        };
+        let is_gone = record::list(&config.run_dir)?.iter().any(is_others);
+        let user = if is_gone { None } else { users::find(device) };
+        self.last = Instant::now();
+        self.found_since = user.is_some().then(|| self.found_since.unwrap_or(self.last));
+        let long = self.found_since.is_some_and(|since| since.elapsed() > USED_LIMIT);
+        Ok(user.filter(|_| long))
     }
 }
 
