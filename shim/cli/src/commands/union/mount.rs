@@ -17,6 +17,7 @@ use super::target::Target;
 use crate::cli::{MountArgs, UnionMount};
 use crate::commands::Context;
 use crate::failure::{Failure, Outcome, Verdict};
+use crate::output::shell_word;
 use crate::sys::keep_descriptors;
 
 /// Mounts a union.
@@ -76,7 +77,8 @@ fn check_free(config: &Config, mountpoint: &Path) -> Result<(), Failure> {
         State::Lost | State::Dead => {
             let left = format!("What is left of a {kind} is on {shown}");
             let left = found.lost.map_or(left.clone(), |why| format!("{left}: {why}"));
-            Err(Failure::failed(anyhow!(left)).hint(format!("`vmctr umount {shown}` clears it")))
+            Err(Failure::failed(anyhow!(left))
+                .hint(format!("`vmctr umount {}` clears it", shell_word(&place))))
         }
     }
 }

@@ -23,6 +23,7 @@ use vmctr_vmm::run_dir::{self, Entry, Owner, Role, RunDir, RunDirError, RunKey};
 
 use super::order::Order;
 use super::table::{self, Line};
+use crate::output::shell_word;
 
 /// Stands where containers have containerd's namespace.
 const NAMESPACE: &str = "vmctr-union";
@@ -47,7 +48,7 @@ pub enum ClaimError {
     #[error(transparent)]
     RunDir(#[from] RunDirError),
     /// What could not be written to disk is to be known before it is forgotten.
-    #[error("What is left of a mount is on {0}: {1}: `vmctr umount {0}` clears it", .mountpoint.display(), .why)]
+    #[error("What is left of a mount is on {}: {why}: `vmctr umount {}` clears it", .mountpoint.display(), shell_word(.mountpoint))]
     Noted {
         /// The mountpoint.
         mountpoint: PathBuf,
@@ -155,7 +156,8 @@ pub fn still_used(mountpoint: &Path) -> String {
     let place = mountpoint.display();
     format!(
         "What was mounted on {place} is unmounted, but still used, or its changes are being written to disk: \
-         `vmctr umount {place}` waits for that, and says who uses it"
+         `vmctr umount {}` waits for that, and says who uses it",
+        shell_word(mountpoint)
     )
 }
 

@@ -18,6 +18,7 @@ use super::table::{self, Line};
 use super::users::{self, User};
 use crate::cli::UnionUmount;
 use crate::failure::{Failure, Outcome, Verdict};
+use crate::output::shell_word;
 
 /// As long as writing to disk may take.
 const PATIENCE: Duration = Duration::from_secs(330);
@@ -62,7 +63,7 @@ fn check_uncovered(place: &Path, known: Option<&Mount>) -> Result<(), Failure> {
     let Some(line) = table::topmost(place).filter(|line| !is_it(line)) else { return Ok(()) };
     let (shown, Line { kind, source, .. }) = (place.display(), line);
     let error = anyhow!("Something else is mounted on {shown}, over it: {source}, of type {kind}");
-    Err(Failure::failed(error).hint(format!("`umount {shown}` takes that away")))
+    Err(Failure::failed(error).hint(format!("`umount {}` takes that away", shell_word(place))))
 }
 
 fn is_busy(error: &io::Error) -> bool {
