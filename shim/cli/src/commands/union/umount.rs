@@ -38,13 +38,14 @@ pub fn run(config: &Config, args: &UnionUmount) -> Outcome {
     let shown = args.mountpoint.display();
     let place = record::resolve(&args.mountpoint).with_context(|| format!("Cannot use {shown}"))?;
     let known = record::find(&config.run_dir, &place)?;
+    // It may end before anybody looks again.
+    let was_served = known.as_ref().is_some_and(|known| known.state() != State::Dead);
     if known.as_ref().map_or_else(|| record::is_mounted(&place), Mount::is_mounted) {
         check_uncovered(&place, known.as_ref())?;
         take_away(&place, args.lazy)?;
     } else if known.is_none() {
         return Err(Failure::not_found(anyhow!("No union or container is mounted on {shown}")));
     }
-    let was_served = known.as_ref().is_some_and(|known| known.state() != State::Dead);
     // Whoever still has a file open keeps the VM.
     if !args.lazy {
         let device = known.and_then(|known| known.device);
@@ -100,6 +101,9 @@ fn wait_for_end(config: &Config, place: &Path, device: Option<&str>) -> anyhow::
         let mount = record::find(&config.run_dir, place)?;
         match mount.as_ref().map(Mount::state) {
             Some(State::Dead) => return Ok(()),
+            Some(State::Mounted) if mount.as_ref().is_some_and(|mount| is_another(mount, device)) => {
+                return Ok(());
+            }
             None if !record::has_files(&config.run_dir, place) => return Ok(()),
             _ if Instant::now() < until => sleep(POLL),
             _ => return Err(late(place, mount.as_ref())),
@@ -109,6 +113,11 @@ fn wait_for_end(config: &Config, place: &Path, device: Option<&str>) -> anyhow::
             return Err(anyhow!("What was mounted on {place} is unmounted there, but still used: {user}"));
         }
     }
+}
+
+/// Whether it has the place of the one with this device since.
+fn is_another(mount: &Mount, device: Option<&str>) -> bool {
+    device.is_some() && mount.device.as_deref() != device
 }
 
 fn late(place: &Path, mount: Option<&Mount>) -> anyhow::Error {
