@@ -114,7 +114,8 @@ pub enum UnionVerb {
     /// Mount a union of folders
     ///
     /// Returns when the mount is usable; a background process keeps it until it is unmounted, by `vmctr union
-    /// umount` or umount(8). The unions of a user have one VM, up to eight of them, unless one asks for its own. Also as `mount -t fuse.vmctr vmctr MOUNTPOINT -o OPTIONS` and in fstab.
+    /// umount` or umount(8). The unions of a user have one VM, up to eight of them, unless one asks for its own.
+    /// Also as `mount -t fuse.vmctr vmctr MOUNTPOINT -o OPTIONS` and in fstab.
     Mount(UnionMount),
     /// Unmount a union, or remove what is left of one whose process was killed
     ///
@@ -152,8 +153,8 @@ pub struct MountArgs {
 #[derive(Args, Debug)]
 pub struct UnionMount {
     /// lowerdir=A[:B...], from the top, up to 500; upperdir=U,workdir=W, without which the union is read-only;
-    /// ro, noexec, suid, dev, noatime, ... as mount(8) has them; nopassthrough: read large lower files through the
-    /// VM. A backslash protects a colon or comma
+    /// ro, noexec, suid, dev, noatime, ... as mount(8) has them; nopassthrough: read and write all files
+    /// through the VM, none on the host. A backslash protects a colon or comma
     #[arg(short = 'o', long = "options", value_name = "OPTIONS", required = true, action = clap::ArgAction::Append)]
     pub options: Vec<String>,
     /// Give it a VM of its own, which no other union shares; as an option for mount(8): own_vm

@@ -14,18 +14,38 @@ use std::process::ExitCode;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
     /// The work is done and the answer is bad.
-    Bad = 1,
+    Bad,
     /// The work could not be done.
-    Failed = 125,
+    Failed,
+    /// It was asked for wrongly, or by who may not.
+    Usage,
     /// What the command names does not exist.
-    NotFound = 127,
+    NotFound,
     /// A signal asked for the end.
-    Interrupted = 130,
+    Interrupted,
+}
+
+impl Exit {
+    fn code(self) -> u8 {
+        match self {
+            Self::Bad => 1,
+            Self::Failed | Self::Usage => 125,
+            Self::NotFound => 127,
+            Self::Interrupted => 130,
+        }
+    }
+
+    /// As mount(8) has its exit codes, and passes on those of its helpers.
+    pub fn for_mount(self) -> ExitCode {
+        const INCORRECT: u8 = 1;
+        const FAILED: u8 = 32;
+        ExitCode::from(if self == Self::Usage { INCORRECT } else { FAILED })
+    }
 }
 
 impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> Self {
-        Self::from(exit as u8)
+        Self::from(exit.code())
     }
 }
 
@@ -67,6 +87,11 @@ impl Failure {
     /// The work could not be done.
     pub fn failed(error: impl Into<anyhow::Error>) -> Self {
         Self { exit: Exit::Failed, error: error.into(), hint: None }
+    }
+
+    /// It was asked for wrongly, or by who may not.
+    pub fn usage(error: impl Into<anyhow::Error>) -> Self {
+        Self { exit: Exit::Usage, error: error.into(), hint: None }
     }
 
     /// Means another exit code.

@@ -24,6 +24,7 @@ mod output;
 mod progress;
 mod scratch;
 mod source;
+mod sys;
 mod vms;
 
 use std::io::IsTerminal;
@@ -47,22 +48,22 @@ fn main() -> ExitCode {
     let mut args = std::env::args_os();
     let name = args.next().map(PathBuf::from);
     if name.as_deref().and_then(Path::file_name).is_some_and(|name| name == MOUNT_HELPER) {
-        return finish(commands::mount_helper(args));
+        return finish(commands::mount_helper(args), Exit::for_mount);
     }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(answer) => return not_parsed(&answer),
     };
     log_to_stderr();
-    finish(block_on(commands::run(cli)))
+    finish(block_on(commands::run(cli)), ExitCode::from)
 }
 
-fn finish(outcome: failure::Outcome) -> ExitCode {
+fn finish(outcome: failure::Outcome, code: fn(Exit) -> ExitCode) -> ExitCode {
     match outcome {
         Ok(verdict) => verdict.into(),
         Err(failure) => {
             eprintln!("{failure}");
-            failure.exit().into()
+            code(failure.exit())
         }
     }
 }

@@ -1,6 +1,7 @@
 //! How answers are printed: a table for people, JSON for programs, both on stdout.
 
 use std::io::{self, Write};
+use std::path::Path;
 
 use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
@@ -32,6 +33,17 @@ pub fn pairs(rows: impl IntoIterator<Item = (&'static str, String)>) -> String {
     let mut table = plain();
     table.add_rows(rows.into_iter().map(|(name, value)| [name.to_owned(), value]));
     trimmed(&table)
+}
+
+/// A path as a word of a command that somebody copies to a shell.
+pub fn shell_word(path: &Path) -> String {
+    let text = path.display().to_string();
+    let is_plain = |char: char| char.is_alphanumeric() || "/._-+=:,@%".contains(char);
+    if !text.is_empty() && text.chars().all(is_plain) {
+        text
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
 }
 
 /// Bytes with a binary unit: three digits or so are enough for a person.
@@ -71,6 +83,15 @@ fn trimmed(table: &Table) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_shell_reads_a_path_as_one_word() {
+        for (path, word) in
+            [("/mnt/a", "/mnt/a"), ("/mnt/a b", "'/mnt/a b'"), ("/it's", r"'/it'\''s'"), ("$x", "'$x'")]
+        {
+            assert_eq!(shell_word(Path::new(path)), word);
+        }
+    }
 
     #[test]
     fn bytes_have_the_largest_unit_that_fits() {

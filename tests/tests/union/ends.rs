@@ -3,11 +3,11 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use vmctr_tests::rig::command::{eventually, run};
+use vmctr_tests::rig::command::{Running, eventually, run};
 use vmctr_tests::rig::vm::signal;
 use vmctr_tests::rig::{Rig, proc};
 
@@ -128,5 +128,71 @@ fn changes_that_could_not_be_written_in_the_end_are_listed_until_somebody_clears
     eventually("the process ends", PATIENCE, || place.list()[0]["state"] == "dead");
     let left = place.list();
     assert!(left[0]["lost"].as_str().is_some_and(|why| why.contains("may be lost")), "{left:?}");
+    let again = place.try_mount(&place.options(), "mnt");
+    assert!(again.code() == 125 && again.errors().contains("may be lost"), "{again}");
+    assert_eq!(place.list(), left);
     place.umount();
+}
+
+#[test]
+fn what_its_caller_has_open_does_not_stay_open_with_a_union() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    place.mount_after("exec 9> lock; flock 9", &place.options()).ok();
+    place.shell("flock -n lock echo free").ok().prints("free");
+    place.umount();
+}
+
+#[test]
+fn what_lies_over_a_union_is_not_taken_away_for_it() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    place.mount();
+    place.shell("mount -t tmpfs over mnt").ok();
+    let mnt = place.at("mnt").display().to_string();
+    place.vmctr(&["umount", &mnt]).exits(125).fails_naming(&["over, of type tmpfs"]);
+    assert_eq!(place.list()[0]["state"], "mounted");
+    place.shell("umount mnt").ok();
+    assert_eq!(place.text("mnt/shared"), "top\n");
+    place.umount();
+}
+
+#[test]
+fn whoever_still_uses_a_union_is_named() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    rig.new_folder("bound");
+    place.mount();
+    place.shell("mount --bind mnt bound").ok();
+    let (mnt, bound) = (place.at("mnt").display().to_string(), place.at("bound").display().to_string());
+    place.vmctr(&["umount", &mnt]).exits(125).fails_naming(&[&bound]);
+    place.shell("umount bound").ok();
+    eventually("the union is gone", PATIENCE, || place.list().is_empty());
+
+    place.mount();
+    let file = File::open(place.at("mnt/shared")).expect("readable");
+    place.vmctr(&["umount", "-l", &mnt]).ok();
+    place.try_mount(&place.options(), "mnt").exits(125).fails_naming(&["unmounted, but still used"]);
+    let this = format!("process {} has a file or folder of it open", std::process::id());
+    place.vmctr(&["umount", &mnt]).exits(125).fails_naming(&[&this]);
+    drop(file);
+    eventually("the union is gone", PATIENCE, || place.list().is_empty());
+}
+
+#[test]
+fn another_mount_namespace_that_keeps_a_union_is_named() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    place.mount();
+    let mut other = Command::new("unshare");
+    let other =
+        Running::start(other.args(["-m", "--propagation", "private", "sleep", "100"]).stdin(Stdio::null()));
+    let namespace = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/mnt")).expect("it runs");
+    let apart = || namespace(other.pid()) != namespace(std::process::id());
+    eventually("it has mounts of its own", PATIENCE, apart);
+    let mnt = place.at("mnt").display().to_string();
+    let process = format!("process {} has it mounted on {mnt}", other.pid());
+    place.vmctr(&["umount", &mnt]).exits(125).fails_naming(&[&process]);
+    drop(other);
+    eventually("the union is gone", PATIENCE, || place.list().is_empty());
 }

@@ -86,7 +86,7 @@ fn mount_8_and_fstab_mount_a_union() {
     symlink(prerequisites::binary("vmctr"), bin.join("mount.fuse.vmctr")).expect("writable");
     // mount(8) looks for its helpers in /sbin: there, for this one process and its children only.
     let fstab = format!(
-        "vmctr {} fuse.vmctr {},noauto,nofail,users,_netdev 0 0\n",
+        "vmctr {} fuse.vmctr {},noauto,nofail,users,_netdev,async,nogroup 0 0\n",
         place.at("mnt").display(),
         place.options()
     );
@@ -121,6 +121,25 @@ fn fifty_lower_folders_are_one() {
     place.try_mount(&format!("lowerdir={}", lowers.join(":")), "mnt").ok();
     assert_eq!(fs::read_dir(place.at("mnt")).expect("readable").count(), 51);
     assert_eq!(place.text("mnt/common"), "0");
+    place.umount();
+}
+
+#[test]
+fn four_hundred_lower_folders_are_one_at_the_usual_limit_of_open_files() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    place
+        .shell(
+            "for i in $(seq 400); do mkdir -p many/$i/of; echo $i | tee many/$i/of/$i > many/$i/common; done",
+        )
+        .ok();
+    let lowers: Vec<_> =
+        (1..=400).map(|number| place.at(&format!("many/{number}")).display().to_string()).collect();
+    place.mount_after("ulimit -Sn 1024", &format!("lowerdir={}", lowers.join(":"))).ok();
+    place
+        .shell("cat mnt/common; ls mnt/of | wc -l; cat mnt/of/* | sort -u | wc -l")
+        .ok()
+        .prints("1\n400\n400");
     place.umount();
 }
 
@@ -204,12 +223,7 @@ fn a_tree_of_more_files_than_may_be_open_is_found_and_read() {
     let rig = Rig::vmctr();
     let place = Place::new(&rig);
     place.shell("for d in $(seq 30); do mkdir -p base/many/$d; for f in $(seq 100); do echo $d > base/many/$d/$f; done; done").ok();
-    let vmctr = rig.vmctr_command();
-    let mut limited = Command::new("sh");
-    limited.args(["-c", &format!("ulimit -n {LIMIT}; exec \"$@\""), "sh"]).arg(vmctr.get_program());
-    limited.args(vmctr.get_args()).args(["union", "mount", "-o", &place.options()]).arg(place.at("mnt"));
-    limited.envs(vmctr.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    run(&mut limited).ok();
+    place.mount_after(&format!("ulimit -n {LIMIT}"), &place.options()).ok();
     for _ in 0..2 {
         place
             .shell("find mnt/many -type f | wc -l; cat mnt/many/*/* | sort -u | wc -l")

@@ -58,6 +58,16 @@ impl<'rig> Place<'rig> {
         self.vmctr(&["mount", "-o", options, &self.at(mountpoint).to_string_lossy()])
     }
 
+    /// Mounts it by a shell that does something before.
+    pub fn mount_after(&self, script: &str, options: &str) -> Output {
+        let vmctr = self.rig.vmctr_command();
+        let mut shell = Command::new("bash");
+        shell.args(["-c", &format!("{script}; \"$@\""), "bash"]).current_dir(self.rig.folder());
+        shell.arg(vmctr.get_program()).args(vmctr.get_args()).args(["union", "mount", "-o", options]);
+        shell.envs(vmctr.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        run(shell.arg(self.at("mnt")))
+    }
+
     pub fn mount(&self) {
         self.try_mount(&self.options(), "mnt").ok();
     }

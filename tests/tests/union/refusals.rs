@@ -1,9 +1,10 @@
 //! What is not mounted, and why.
 
+use std::os::unix::fs::symlink;
 use std::process::Command;
 
-use vmctr_tests::rig::Rig;
 use vmctr_tests::rig::command::run;
+use vmctr_tests::rig::{Rig, prerequisites};
 
 use super::place::Place;
 
@@ -37,6 +38,27 @@ fn what_cannot_be_mounted_is_refused_in_words() {
     }
     let none = place.vmctr(&["umount", &at("mnt")]);
     assert!(none.code() == 127 && none.errors().contains("No union or container is mounted"), "{none}");
+}
+
+#[test]
+fn mount_8_is_told_in_its_own_codes() {
+    let rig = Rig::vmctr();
+    let place = Place::new(&rig);
+    let helper = rig.new_folder("bin").join("mount.fuse.vmctr");
+    symlink(prerequisites::binary("vmctr"), &helper).expect("writable");
+    let (base, mnt) = (place.at("base").display().to_string(), place.at("mnt").display().to_string());
+    let mount = |args: &[&str]| {
+        let mut mount = Command::new(&helper);
+        mount.envs(rig.vmctr_command().get_envs().filter_map(|(name, value)| Some((name, value?))));
+        run(mount.args(["vmctr", &mnt]).args(args))
+    };
+    mount(&["-o", &format!("rw,suid,async,nogroup,lowerdir={base}")]).ok();
+    mount(&["-o", "rw,relatime,user_id=0,remount,ro"]).exits(1).fails_naming(&["cannot be remounted"]);
+    mount(&["-o", &format!("lowerdir={base}")]).exits(32).fails_naming(&["is mounted on"]);
+    place.umount();
+    mount(&["-o", &format!("lowerdir={base}"), "-N", "/proc/1/ns/mnt"]).exits(1).fails_naming(&["nsenter"]);
+    mount(&["-o", &format!("lowerdir={base},sync")]).exits(1).fails_naming(&["sync is not possible"]);
+    mount(&["-o", &format!("lowerdir={base}/none")]).exits(32).fails_naming(&["Cannot use the lower folder"]);
 }
 
 #[test]

@@ -3,16 +3,19 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use super::{AccelError, Resolution};
+use super::{AccelError, PROBE_LIMIT, Resolution};
 use crate::assets::GuestAssets;
 use crate::config::Config;
 use crate::qemu::{Qemu, QemuVersion};
-use crate::run_dir::{boot_id, make_dir, write_whole};
+use crate::run_dir::{boot_id, lock, make_dir, write_whole};
 use crate::spec::Machine;
+
+/// For some probes that fail, one after the other.
+const LOCK_LIMIT: Duration = PROBE_LIMIT.saturating_mul(6);
 
 /// What the answer depends on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,11 +75,7 @@ impl Cache {
     /// Waits for the lock; it is free again when the returned file is closed, however the holder ends.
     pub(super) async fn lock(&self) -> Result<File, AccelError> {
         let path = self.lock.clone();
-        let locked = tokio::task::spawn_blocking(move || {
-            let file = File::options().create(true).truncate(false).write(true).open(&path)?;
-            flock(&file, FlockOperation::LockExclusive)?;
-            Ok(file)
-        });
+        let locked = tokio::task::spawn_blocking(move || lock(&path, LOCK_LIMIT));
         locked
             .await
             .map_err(AccelError::Wait)?
@@ -86,6 +85,8 @@ impl Cache {
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::{FlockOperation, flock};
+
     use super::super::Accelerator;
     use super::*;
 

@@ -3,6 +3,7 @@
 //! ```text
 //!   RUN_DIR/                    config `run_dir`, 0711
 //!     accel.json, accel.lock    see `accel`
+//!     keys.lock                 held while a KEY is claimed or removed
 //!     KEY/                      0700; KEY = first 16 hex digits of sha256(bundle path)
 //!       meta.json               whose VM this is and which processes belong to it
 //!       control.sock            the shim's control service
@@ -11,9 +12,11 @@
 //!
 //! Invariant: a process of the VM is either recorded in `meta.json` or dies with its parent (PDEATHSIG), so
 //! [`cleanup`] leaves nothing behind, whenever the shim was killed. A recorded process is named by process
-//! ID, start time and host boot, so that a reused number is never killed.
+//! ID, start time and host boot, so that a reused number is never killed. Directories come and go under one lock,
+//! so that none is removed between its making and its first `meta.json`, or after another shim has claimed it.
 
 mod cleanup;
+mod lock;
 mod meta;
 mod process;
 
@@ -27,7 +30,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest, Sha256};
 
-pub use cleanup::{Cleanup, cleanup};
+pub use cleanup::{Cleanup, cleanup, clear_dead};
+pub use lock::lock;
 pub use meta::{Meta, Owner};
 pub(crate) use meta::{boot_id, write_whole};
 pub use process::{HostProcess, Role};
@@ -79,7 +83,7 @@ pub enum RunDirError {
     /// A file or directory cannot be made, read or removed.
     #[error("Cannot {action} {}", path.display())]
     Io {
-        /// "create", "read", "write", "remove" or "list".
+        /// "create", "read", "write", "remove", "list" or "lock".
         action: &'static str,
         /// The file or directory.
         path: PathBuf,
@@ -132,10 +136,10 @@ impl RunDir {
     /// # Errors
     /// [`RunDirError::InUse`] when the shim of that directory is alive and is not this process.
     pub fn create(run_dir: &Path, owner: Owner) -> Result<Self, RunDirError> {
-        let key = RunKey::of_bundle(&owner.bundle);
-        cleanup::remove_stale(run_dir, &key)?;
+        let path = run_dir.join(RunKey::of_bundle(&owner.bundle).as_str());
         make_dir(run_dir).map_err(io_error("create", run_dir))?;
-        let path = run_dir.join(key.as_str());
+        let _keys = cleanup::lock_keys(run_dir)?;
+        cleanup::remove_stale(&path)?;
         DirBuilder::new().mode(0o700).create(&path).map_err(io_error("create", &path))?;
         let meta = Meta::new(owner);
         let this = Self { inner: Arc::new(Inner { path, meta: Mutex::new(meta) }) };
@@ -170,7 +174,7 @@ impl RunDir {
     /// # Errors
     /// A file that cannot be removed.
     pub fn remove(&self) -> Result<(), RunDirError> {
-        cleanup::remove_tree(&self.inner.path)
+        cleanup::remove_whole(&self.inner.path)
     }
 
     /// The directory.
@@ -259,7 +263,10 @@ pub fn list(run_dir: &Path) -> Result<Vec<Entry>, RunDirError> {
 }
 
 /// Makes the directory that holds all VMs' directories; one that is there stays as it is.
-pub(crate) fn make_dir(run_dir: &Path) -> io::Result<()> {
+///
+/// # Errors
+/// It cannot be made.
+pub fn make_dir(run_dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o711).create(run_dir)
 }
 

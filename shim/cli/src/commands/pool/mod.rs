@@ -19,15 +19,16 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
-use rustix::fs::{FlockOperation, flock};
 use vmctr_vmm::config::Config;
+use vmctr_vmm::error_chain;
 use vmctr_vmm::pool::wire::{check_peer, receive, send};
 use vmctr_vmm::pool::{Answer, Ask, Member, size, socket};
-use vmctr_vmm::{error_chain, run_dir};
+use vmctr_vmm::run_dir::{self, RunDirError};
 
 use super::Context;
 use crate::failure::{Failure, Outcome, Verdict};
 use crate::output;
+use crate::sys::keep_descriptors;
 use members::Members;
 
 /// A pool answers at once, but may have some clients to serve before.
@@ -36,6 +37,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Keeps the pool until a signal ends the process.
 pub fn run(config: &Config) -> Outcome {
     let places = places(config)?;
+    keep_descriptors();
     let _lock = only_one(config)?;
     clear_up(config);
     let members = Arc::new(Members::default());
@@ -103,12 +105,12 @@ fn ask_list(config: &Config) -> Result<Vec<Member>, Failure> {
 /// The lock is free again however its holder ends.
 fn only_one(config: &Config) -> anyhow::Result<File> {
     let path = config.run_dir.join("pool.lock");
-    std::fs::create_dir_all(&config.run_dir)
+    run_dir::make_dir(&config.run_dir)
         .with_context(|| format!("Cannot create {}", config.run_dir.display()))?;
-    let file = File::options().create(true).truncate(false).write(true).open(&path);
-    let file = file.with_context(|| format!("Cannot open {}", path.display()))?;
-    flock(&file, FlockOperation::NonBlockingLockExclusive).context("Another pool runs")?;
-    Ok(file)
+    run_dir::lock(&path, Duration::ZERO).map_err(|error| match error.kind() {
+        io::ErrorKind::TimedOut => anyhow!(error).context("Another pool runs"),
+        _ => anyhow!(error).context(format!("Cannot lock {}", path.display())),
+    })
 }
 
 /// Members that were killed together with their pool left their run directories.
@@ -116,11 +118,12 @@ fn clear_up(config: &Config) {
     for entry in run_dir::list(&config.run_dir).unwrap_or_default() {
         let owner = &entry.meta.owner;
         let member = owner.namespace == "vmctr" && owner.container_id.starts_with("pool-");
-        if member
-            && entry.meta.live_shim().is_none()
-            && let Err(error) = run_dir::cleanup(&config.run_dir, &entry.key)
-        {
-            eprintln!("vmctr: {}", error_chain(&error));
+        if !member {
+            continue;
+        }
+        match run_dir::clear_dead(&config.run_dir, &entry.key) {
+            Ok(()) | Err(RunDirError::InUse { .. }) => {}
+            Err(error) => eprintln!("vmctr: {}", error_chain(&error)),
         }
     }
 }

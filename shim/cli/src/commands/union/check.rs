@@ -11,11 +11,9 @@ use serde::{Deserialize, Serialize};
 use vmctr_fileshare::share::{ShareSpec, Top, UsedBy};
 
 use super::options::Options;
+use super::order::Version;
 use super::place::Place;
-use super::record;
-
-/// Version of what `mount.json` says of a union, and of the order to the background process.
-const VERSION: u32 = 1;
+use super::table;
 
 /// Set and removed again to see whether the file system keeps what an overlay writes.
 const PROBE: &str = "trusted.overlay.vmctr";
@@ -24,8 +22,8 @@ const PROBE: &str = "trusted.overlay.vmctr";
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
-    /// Format version.
-    pub version: u32,
+    /// Of what `mount.json` says of a union, and of the order to the background process.
+    version: Version<1>,
     /// Where it is mounted.
     pub mountpoint: PathBuf,
     /// Lower folders from the top.
@@ -129,6 +127,9 @@ pub enum CheckError {
     /// The file system cannot keep what an overlay writes.
     #[error("The file system of {} keeps no trusted extended attributes, which an overlay needs", .0.display())]
     NoXattrs(PathBuf, #[source] io::Error),
+    /// It could, but not here.
+    #[error("The work folder {} takes no trusted extended attributes: it is immutable (`lsattr -d` tells), or this process lacks CAP_SYS_ADMIN", .0.display())]
+    XattrsForbidden(PathBuf, #[source] io::Error),
     /// What is in it would be hidden.
     #[error("The mountpoint {} is not empty", .0.display())]
     NotEmpty(PathBuf),
@@ -159,24 +160,23 @@ const MOUNTPOINT: &str = "mountpoint";
 impl Plan {
     /// Checks everything that can be known before the start.
     pub fn check(options: Options, mountpoint: &Path) -> Result<Self, CheckError> {
-        check_host()?;
         let lowers = options.lowers.iter().map(|path| resolve(LOWER, path)).collect::<Result<_, _>>()?;
         let top = options
             .top
             .map(|(upper, work)| Ok(Changes { upper: resolve(UPPER, &upper)?, work: resolve(WORK, &work)? }));
         let top = top.transpose()?;
         let mountpoint = check_mountpoint(mountpoint)?;
-        let plan = Self { version: VERSION, mountpoint, lowers, top, options: options.words };
+        let plan = Self { version: Version, mountpoint, lowers, top, options: options.words };
         check_apart(&plan.folders()?)?;
         plan.top.as_ref().map_or(Ok(()), Changes::check)?;
         Ok(plan)
     }
 
-    /// What one union changes must not lie in what another one shows. One folder in both is for their locks to tell.
+    /// What one union changes must not lie in what another one shows.
     pub fn check_beside(&self, other: &Self) -> Result<(), CheckError> {
         let ours = self.folders()?;
-        // It may be of another mount namespace: then its paths say nothing here.
-        for theirs in other.folders().unwrap_or_default() {
+        // One may be of another mount namespace: then its path says nothing here.
+        for theirs in other.each_folder().flatten() {
             if let Some(one) = ours.iter().find(|one| one.overlaps(&theirs)) {
                 return Err(CheckError::Overlaps {
                     role: one.role,
@@ -199,16 +199,20 @@ impl Plan {
         ShareSpec { used_by: UsedBy::Union, lowers: self.lowers.clone(), top, ..ShareSpec::new() }
     }
 
-    fn folders<'a>(&'a self) -> Result<Vec<Folder<'a>>, CheckError> {
+    fn folders(&self) -> Result<Vec<Folder<'_>>, CheckError> {
+        self.each_folder().collect()
+    }
+
+    fn each_folder<'a>(&'a self) -> impl Iterator<Item = Result<Folder<'a>, CheckError>> {
         let lowers = self.lowers.iter().map(|path| (LOWER, path));
         let top = self.top.iter().flat_map(|top| [(UPPER, &top.upper), (WORK, &top.work)]);
-        let table = record::mount_table();
-        let folder = |(role, path): (_, &'a PathBuf)| {
+        let table = table::own();
+        let folder = move |(role, path): (_, &'a PathBuf)| {
             let meta = metadata(role, path)?;
             let place = Place::find(&table, mount_of(role, path)?, path);
             Ok(Folder { role, path, id: (meta.dev(), meta.ino()), place })
         };
-        lowers.chain(top).map(folder).collect()
+        lowers.chain(top).map(folder)
     }
 }
 
@@ -218,13 +222,16 @@ impl Changes {
             return Err(CheckError::OtherMount { work: self.work.clone(), upper: self.upper.clone() });
         }
         let probed = rustix::fs::setxattr(&self.work, PROBE, b"y", XattrFlags::empty());
-        match probed.and_then(|()| rustix::fs::removexattr(&self.work, PROBE)) {
-            Ok(()) => Ok(()),
-            Err(Errno::ROFS) => {
-                Err(CheckError::Folder { role: WORK, path: self.work.clone(), source: Errno::ROFS.into() })
-            }
-            Err(errno) => Err(CheckError::NoXattrs(self.work.clone(), errno.into())),
-        }
+        let probed = probed.and_then(|()| rustix::fs::removexattr(&self.work, PROBE));
+        probed.map_err(|errno| no_attributes(self.work.clone(), errno))
+    }
+}
+
+fn no_attributes(work: PathBuf, errno: Errno) -> CheckError {
+    match errno {
+        Errno::OPNOTSUPP => CheckError::NoXattrs(work, errno.into()),
+        Errno::PERM => CheckError::XattrsForbidden(work, errno.into()),
+        _ => CheckError::Folder { role: WORK, path: work, source: errno.into() },
     }
 }
 
@@ -331,6 +338,19 @@ mod tests {
         assert_eq!(serde_json::from_str::<Plan>(&json).unwrap(), plan);
         let mut name = [0; 64];
         assert!(rustix::fs::getxattr(place.0.path().join("work"), PROBE, &mut name).is_err());
+    }
+
+    #[test]
+    fn why_the_work_folder_takes_no_attributes_is_told_apart() {
+        for (errno, words) in [
+            (Errno::OPNOTSUPP, "The file system of /w keeps no trusted"),
+            (Errno::PERM, "it is immutable"),
+            (Errno::ROFS, "Cannot use the work folder /w"),
+            (Errno::NOSPC, "Cannot use the work folder /w"),
+        ] {
+            let error = no_attributes("/w".into(), errno).to_string();
+            assert!(error.contains(words), "{error:?} does not say {words:?}");
+        }
     }
 
     #[test]

@@ -41,7 +41,7 @@ impl View {
     fn of(mount: Mount) -> Self {
         let (kind, state) = (mount.kind(), mount.state());
         let verb = if kind == "union" { "union umount" } else { "umount" };
-        let clean_up = format!("vmctr {verb} {}", mount.mountpoint.display());
+        let clean_up = format!("vmctr {verb} {}", output::shell_word(&mount.mountpoint));
         let process = |role| mount.process(role);
         let view = Self {
             kind,

@@ -34,7 +34,7 @@ use super::helper::Helper;
 use super::order::Order;
 use super::serve::LANES;
 use super::served::Served;
-use super::{options, record};
+use super::{beside, options, record};
 
 const DAEMON: &str = "vmctr-fsd";
 
@@ -94,6 +94,8 @@ impl Prepared {
         let started = async {
             fs::hard_link(log, record::log(run_dir.path())).context("Cannot share the log")?;
             record::write(run_dir.path(), &order).context("Cannot write down what is mounted")?;
+            let (place, wanted) = (config.run_dir.clone(), plan.clone());
+            spawn_blocking(move || beside::check(&place, &wanted)).await??;
             start_daemon(config, &plan, &run_dir).await
         };
         match started.await {
@@ -171,6 +173,9 @@ impl Prepared {
                 let _ = shutdown(handle, Shutdown::Both);
             }
         });
+        if let Err(error) = record::write_device(run_dir.path(), &plan.mountpoint) {
+            warn!("Cannot write down which mount it is: {error}");
+        }
         info!("Mounted {}", plan.mountpoint.display());
         Member { helper, port, served: Served::new(export, run_dir, plan.mountpoint, locks), fsd, exit }
     }

@@ -13,11 +13,13 @@
 //!
 //! What is mounted stands in `mount.json` of its run directory, whose key comes from the mountpoint.
 
+mod beside;
 mod check;
 mod helper;
 mod list;
 mod member;
 mod mount;
+mod mount8;
 mod options;
 mod order;
 mod owner;
@@ -27,8 +29,10 @@ mod ports;
 mod record;
 mod serve;
 mod served;
+mod table;
 mod target;
 mod umount;
+mod users;
 
 use std::ffi::OsString;
 
@@ -60,9 +64,9 @@ pub fn umount(config: &Config, args: &UnionUmount) -> Outcome {
     umount::run(config, args)
 }
 
-/// What mount(8) and fstab call: `mount.fuse.vmctr SOURCE MOUNTPOINT [-sfnv] [-o OPTIONS] ...`.
+/// What mount(8) calls, for fstab as well.
 pub fn mount_helper(args: impl Iterator<Item = OsString>) -> Outcome {
-    match mount::helper_args(args)? {
+    match mount8::parse(args)? {
         Some(args) => mount::run(&config()?, &args),
         None => Ok(crate::failure::Verdict::Good),
     }

@@ -1,16 +1,15 @@
 //! `vmctr union mount` and `vmctr mount`: check, find or start the background process and wait for its word.
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufReader, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, anyhow, bail};
 use vmctr_vmm::config::Config;
 
-use super::check::Plan;
-use super::options::{self, Options};
+use super::check::{self, CheckError, Plan};
+use super::options::{self, Options, OptionsError};
 use super::order::{Answer, Order};
 use super::owners::{self, Turn};
 use super::record::{self, State};
@@ -18,22 +17,23 @@ use super::target::Target;
 use crate::cli::{MountArgs, UnionMount};
 use crate::commands::Context;
 use crate::failure::{Failure, Outcome, Verdict};
+use crate::output::shell_word;
+use crate::sys::keep_descriptors;
 
 /// Mounts a union.
 pub fn run(config: &Config, args: &UnionMount) -> Outcome {
-    check_free(config, &args.mountpoint)?;
     let own_vm = args.own_vm.then(|| options::OWN_VM.to_owned());
     let given: Vec<_> = args.options.iter().cloned().chain(own_vm).collect();
-    let options = Options::parse(&given.join(",")).map_err(|error| {
-        Failure::failed(error).hint("as in `-o lowerdir=A:B,upperdir=U,workdir=W MOUNTPOINT`")
+    let options = Options::parse(&given.join(",")).map_err(|error| match error {
+        OptionsError::Remount => Failure::usage(error),
+        error => Failure::usage(error).hint("as in `-o lowerdir=A:B,upperdir=U,workdir=W MOUNTPOINT`"),
     })?;
-    let plan = Plan::check(options, &args.mountpoint)?;
-    for mount in record::list(&config.run_dir)?.iter().filter(|mount| mount.state() == State::Mounted) {
-        if let Some(Order::Union(other)) = &mount.order {
-            plan.check_beside(other)?;
-        }
-    }
-    mount(config, &Order::Union(plan))
+    check::check_host().map_err(|error| match error {
+        CheckError::NotRoot => Failure::usage(error),
+        error => Failure::failed(error),
+    })?;
+    check_free(config, &args.mountpoint)?;
+    mount(config, &Order::Union(Plan::check(options, &args.mountpoint)?))
 }
 
 /// Mounts a container's root.
@@ -57,7 +57,7 @@ fn mount(config: &Config, order: &Order) -> Outcome {
 /// By a VM that is there already, or else by a new one, for which all that come meanwhile wait.
 fn in_a_common_vm(config: &Config, order: &Order) -> anyhow::Result<Answer> {
     let turn = Turn::take(config)?;
-    owners::clear_up(config)?;
+    owners::clear_up(config);
     let Some(mut taken) = owners::hand_over(config, order)? else { return wait(start(config, order)?) };
     drop(turn);
     let answer = Answer::read(&mut taken).context("The VM's process")?;
@@ -72,10 +72,14 @@ fn check_free(config: &Config, mountpoint: &Path) -> Result<(), Failure> {
     let kind = found.kind();
     match found.state() {
         State::Changing => Ok(()),
-        State::Dead if !record::is_mounted(&place) => Ok(()),
+        State::Dead if found.lost.is_none() && !record::is_mounted(&place) => Ok(()),
         State::Mounted => Err(anyhow!("A {kind} is mounted on {shown} already").into()),
-        State::Lost | State::Dead => Err(Failure::failed(anyhow!("What is left of a {kind} is on {shown}"))
-            .hint(format!("`vmctr umount {shown}` clears it"))),
+        State::Lost | State::Dead => {
+            let left = format!("What is left of a {kind} is on {shown}");
+            let left = found.lost.map_or(left.clone(), |why| format!("{left}: {why}"));
+            Err(Failure::failed(anyhow!(left))
+                .hint(format!("`vmctr umount {}` clears it", shell_word(&place))))
+        }
     }
 }
 
@@ -85,6 +89,7 @@ fn start(config: &Config, order: &Order) -> anyhow::Result<Child> {
     if std::env::var_os("RUST_LOG").is_none() {
         command.env("RUST_LOG", config.log.level.as_str());
     }
+    keep_descriptors();
     let mut child = command.current_dir("/").spawn().context("Cannot start the background process")?;
     let order = serde_json::to_vec(order)?;
     let mut stdin = child.stdin.take().context("The background process has no input")?;
@@ -101,27 +106,6 @@ fn wait(mut child: Child) -> anyhow::Result<Answer> {
     bail!("The background process ended without a word ({status})");
 }
 
-/// The arguments as mount(8) gives them; `None` when it wants nothing done (`-f`).
-pub fn helper_args(args: impl Iterator<Item = OsString>) -> Result<Option<UnionMount>, Failure> {
-    let (mut places, mut options, mut fake) = (Vec::new(), Vec::new(), false);
-    let mut args = args.map(|arg| arg.into_string().map_err(|arg| anyhow!("{} is not UTF-8", arg.display())));
-    while let Some(arg) = args.next().transpose()? {
-        let mut value = || args.next().transpose()?.with_context(|| format!("{arg} lacks its value"));
-        match arg.as_str() {
-            "-o" => options.push(value()?),
-            "-t" => drop(value()?),
-            "-f" => fake = true,
-            "-n" | "-s" | "-v" => {}
-            _ if arg.starts_with('-') => return Err(anyhow!("Option {arg} is not known").into()),
-            _ => places.push(arg),
-        }
-    }
-    let [_, mountpoint] = places.as_slice() else {
-        return Err(anyhow!("usage: mount.fuse.vmctr vmctr MOUNTPOINT -o lowerdir=A[:B...],...").into());
-    };
-    Ok((!fake).then(|| UnionMount { options, own_vm: false, mountpoint: PathBuf::from(mountpoint) }))
-}
-
 /// Says the word, from the background process. Standard output ends with it.
 pub fn answer(answer: &Answer) -> anyhow::Result<()> {
     let mut stdout = std::io::stdout();
@@ -130,24 +114,4 @@ pub fn answer(answer: &Answer) -> anyhow::Result<()> {
     let null = File::options().read(true).write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdout(&null)?;
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parsed(args: &[&str]) -> Result<Option<UnionMount>, Failure> {
-        helper_args(args.iter().map(OsString::from))
-    }
-
-    #[test]
-    fn mounts_arguments_are_understood() {
-        let args = ["vmctr", "/mnt", "-s", "-o", "rw,lowerdir=/a", "-t", "fuse.vmctr"];
-        let args = parsed(&args).unwrap().unwrap();
-        assert_eq!((args.options, args.mountpoint), (vec!["rw,lowerdir=/a".into()], "/mnt".into()));
-        assert!(parsed(&["vmctr", "/mnt", "-f"]).unwrap().is_none());
-        assert!(parsed(&["vmctr"]).is_err());
-        assert!(parsed(&["vmctr", "/mnt", "-o"]).is_err());
-        assert!(parsed(&["vmctr", "/mnt", "-x"]).is_err());
-    }
 }

@@ -6,7 +6,8 @@
 //!            └─┴──── from the top
 //! ```
 //!
-//! Invariant: what is not understood is refused by name; nothing is ignored but what fstab has for others.
+//! Invariant: what is not understood is refused by name; nothing is ignored but what fstab has for others, and what asks
+//! for no more than there is.
 
 use std::path::PathBuf;
 
@@ -32,6 +33,14 @@ pub enum OptionsError {
     /// Nobody knows it.
     #[error("Option {0:?} is not known")]
     Unknown(String),
+    /// It would change a mount that is there.
+    #[error("A union cannot be remounted: unmount it, and mount it with the other options")]
+    Remount,
+    /// It promises what a union does not keep.
+    #[error(
+        "Option {0} is not possible: what is written to a union is on disk after fsync(2) and when it is unmounted"
+    )]
+    Impossible(String),
     /// There is nothing to unite.
     #[error("Option lowerdir= is missing: a union needs a lower folder")]
     NoLower,
@@ -54,12 +63,20 @@ impl Options {
     pub fn parse(text: &str) -> Result<Self, OptionsError> {
         let (mut lowers, mut upper, mut work) = (None, None, None);
         let mut words = Vec::new();
-        for option in split(text, ',').into_iter().filter(|option| !option.is_empty()) {
+        let given = split(text, ',');
+        // The others may be those of the mount that is there, as mount(8) has read them.
+        if given.contains(&"remount") {
+            return Err(OptionsError::Remount);
+        }
+        for option in given.into_iter().filter(|option| !option.is_empty()) {
             match option.split_once('=') {
                 Some(("lowerdir", value)) => once("lowerdir", &mut lowers, lower_folders(value)?)?,
                 Some(("upperdir", value)) => once("upperdir", &mut upper, unescape(value).into())?,
                 Some(("workdir", value)) => once("workdir", &mut work, unescape(value).into())?,
-                _ if is_for_others(option) => {}
+                _ if is_for_others(option) || changes_nothing(option) => {}
+                _ if matches!(option, "sync" | "dirsync") => {
+                    return Err(OptionsError::Impossible(option.to_owned()));
+                }
                 _ if is_word(option) => words.push(option.to_owned()),
                 _ => return Err(OptionsError::Unknown(option.to_owned())),
             }
@@ -116,10 +133,15 @@ fn attribute(word: &str) -> Option<(MountAttrFlags, MountAttrFlags)> {
         "noexec" => on(Attr::MOUNT_ATTR_NOEXEC),
         // Who else may mount it is for mount(8) to say; these are what it means for the mount.
         "user" | "users" => on(usual() | Attr::MOUNT_ATTR_NOEXEC),
+        _ if word.starts_with("user=") => attribute("user"),
+        "owner" | "group" => on(usual()),
+        "symfollow" => off(Attr::MOUNT_ATTR_NOSYMFOLLOW),
         "nosymfollow" => on(Attr::MOUNT_ATTR_NOSYMFOLLOW),
         "exec" => off(Attr::MOUNT_ATTR_NOEXEC),
         "nodiratime" => on(Attr::MOUNT_ATTR_NODIRATIME),
         "diratime" => off(Attr::MOUNT_ATTR_NODIRATIME),
+        "atime" => off(Attr::MOUNT_ATTR_NOATIME),
+        "nostrictatime" => off(Attr::MOUNT_ATTR_STRICTATIME),
         "noatime" => Some((times, Attr::MOUNT_ATTR_NOATIME)),
         "strictatime" => Some((times, Attr::MOUNT_ATTR_STRICTATIME)),
         "relatime" => Some((times, Attr::empty())),
@@ -133,9 +155,14 @@ fn is_word(word: &str) -> bool {
 
 /// Of fstab's options, those that mount(8) or systemd has read already.
 fn is_for_others(option: &str) -> bool {
-    matches!(option, "defaults" | "auto" | "noauto" | "nofail" | "_netdev")
-        || option.starts_with("x-")
-        || option.starts_with("X-")
+    matches!(option, "defaults" | "auto" | "noauto" | "nofail" | "_netdev" | "nouser" | "nousers")
+        || matches!(option, "noowner" | "nogroup")
+        || ["x-", "X-", "comment="].iter().any(|start| option.starts_with(start))
+}
+
+/// What every mount of ours does, what only says how much the kernel logs, and a permission that nobody uses.
+fn changes_nothing(option: &str) -> bool {
+    matches!(option, "async" | "norelatime" | "silent" | "loud" | "lazytime" | "nolazytime")
 }
 
 fn once<T>(name: &'static str, slot: &mut Option<T>, value: T) -> Result<(), OptionsError> {
@@ -217,6 +244,17 @@ mod tests {
     }
 
     #[test]
+    fn what_mount_hands_on_is_understood_or_refused() {
+        let text = "rw,suid,dev,exec,auto,nouser,async,nousers,noowner,nogroup,norelatime,silent,loud,lazytime,comment=x";
+        let words = Options::parse(&format!("lowerdir=/a,{text}")).unwrap().words;
+        assert_eq!(words, ["rw", "suid", "dev", "exec"]);
+        for option in ["sync", "dirsync"] {
+            assert_eq!(refused(&format!("lowerdir=/a,{option}")), OptionsError::Impossible(option.into()));
+        }
+        assert_eq!(refused("rw,user_id=0,remount,ro"), OptionsError::Remount);
+    }
+
+    #[test]
     fn a_vm_of_its_own_is_asked_for_by_a_word() {
         let words = |text: &str| Options::parse(&format!("lowerdir=/a{text}")).unwrap().words;
         assert!(own_vm(&words(",ro,own_vm")));
@@ -235,6 +273,13 @@ mod tests {
         assert_eq!(of("suid,users"), usual | Attr::MOUNT_ATTR_NOEXEC);
         assert_eq!(of("user,exec,nosymfollow"), usual | Attr::MOUNT_ATTR_NOSYMFOLLOW);
         assert_eq!(of("noatime,strictatime"), usual | Attr::MOUNT_ATTR_STRICTATIME);
+        assert_eq!(of("suid,dev,user=jo"), usual | Attr::MOUNT_ATTR_NOEXEC);
+        assert_eq!(of("suid,dev,owner"), usual);
+        assert_eq!(of("suid,group,dev"), Attr::MOUNT_ATTR_NOSUID);
+        assert_eq!(of("noatime,nostrictatime"), usual | Attr::MOUNT_ATTR_NOATIME);
+        assert_eq!(of("strictatime,atime"), usual | Attr::MOUNT_ATTR_STRICTATIME);
+        assert_eq!(of("noatime,atime"), usual);
+        assert_eq!(of("strictatime,nostrictatime,nosymfollow,symfollow"), usual);
     }
 
     proptest! {

@@ -22,6 +22,25 @@ pub const MAX_ORDER: u64 = 4 << 20;
 /// A process says no more than this at once.
 const MAX_ANSWER: u64 = 64 << 10;
 
+/// The version of a format: what says another one is not understood.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u32", into = "u32")]
+pub struct Version<const THIS: u32>;
+
+impl<const THIS: u32> TryFrom<u32> for Version<THIS> {
+    type Error = String;
+
+    fn try_from(version: u32) -> Result<Self, String> {
+        if version == THIS { Ok(Self) } else { Err(format!("format version {version} is not {THIS}")) }
+    }
+}
+
+impl<const THIS: u32> From<Version<THIS>> for u32 {
+    fn from(_: Version<THIS>) -> Self {
+        THIS
+    }
+}
+
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -78,6 +97,14 @@ mod tests {
             Just(Answer::Ready),
             any::<String>().prop_map(Answer::Failed),
         ]
+    }
+
+    #[test]
+    fn a_format_of_another_version_is_refused() {
+        assert_eq!(serde_json::to_string(&Version::<2>).unwrap(), "2");
+        assert_eq!(serde_json::from_str::<Version<2>>("2").unwrap(), Version);
+        let error = serde_json::from_str::<Version<2>>("3").unwrap_err().to_string();
+        assert!(error.contains("format version 3 is not 2"), "{error}");
     }
 
     #[test]

@@ -218,7 +218,11 @@ impl Owner {
         let answer = if is_there || port.is_some() { Answer::Taken } else { Answer::Declined };
         let told = asker.tell(&answer).await;
         if is_there {
-            let why = format!("A union is mounted on {} already", plan.mountpoint.display());
+            let place = &plan.mountpoint;
+            let why = match record::is_mounted(place) {
+                true => format!("A union is mounted on {} already", place.display()),
+                false => record::still_used(place),
+            };
             // As above.
             let _ = asker.tell(&Answer::Failed(why)).await;
         }

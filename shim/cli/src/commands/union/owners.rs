@@ -21,11 +21,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use rustix::fs::{FlockOperation, flock};
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::geteuid;
 use vmctr_vmm::config::Config;
-use vmctr_vmm::run_dir::{self, Entry, Owner};
+use vmctr_vmm::error_chain;
+use vmctr_vmm::run_dir::{self, Entry, Owner, RunDirError};
 
 use super::order::{Answer, Order};
 
@@ -34,6 +34,9 @@ const NAMESPACE: &str = "vmctr-union-vm";
 
 const SOCKET: &str = "unions.sock";
 const LOCK: &str = "unions.lock";
+
+/// Whoever has the turn may start a VM twice, from a template and then by booting, and some others may come before.
+const TURN_LIMIT: Duration = Duration::from_secs(600);
 
 /// An owner says at once whether it takes an order.
 const WORD_LIMIT: Duration = Duration::from_secs(10);
@@ -60,13 +63,8 @@ impl Turn {
     /// Waits for it.
     pub fn take(config: &Config) -> anyhow::Result<Self> {
         let path = config.run_dir.join(LOCK);
-        let open = || {
-            fs::create_dir_all(&config.run_dir)?;
-            let file = File::options().create(true).truncate(false).write(true).open(&path)?;
-            flock(&file, FlockOperation::LockExclusive)?;
-            io::Result::Ok(file)
-        };
-        open().map(Self).with_context(|| format!("Cannot lock {}", path.display()))
+        let locked = run_dir::make_dir(&config.run_dir).and_then(|()| run_dir::lock(&path, TURN_LIMIT));
+        locked.map(Self).with_context(|| format!("Cannot lock {}", path.display()))
     }
 }
 
@@ -84,12 +82,14 @@ pub fn hand_over(config: &Config, order: &Order) -> anyhow::Result<Option<BufRea
     Ok(None)
 }
 
-/// Removes what owners have left that were killed.
-pub fn clear_up(config: &Config) -> anyhow::Result<()> {
-    for entry in all(config).filter(|entry| entry.meta.live_shim().is_none()) {
-        run_dir::cleanup(&config.run_dir, &entry.key)?;
+/// Removes what owners have left that were killed. What cannot be removed is told, and is in nobody's way.
+pub fn clear_up(config: &Config) {
+    for entry in all(config) {
+        match run_dir::clear_dead(&config.run_dir, &entry.key) {
+            Ok(()) | Err(RunDirError::InUse { .. }) => {}
+            Err(error) => eprintln!("vmctr: {}", error_chain(&error)),
+        }
     }
-    Ok(())
 }
 
 fn all(config: &Config) -> impl Iterator<Item = Entry> + use<> {

@@ -9,7 +9,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::record::unescaped;
+use super::table::Line;
 
 /// A folder of a file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,16 +21,10 @@ pub struct Place {
 impl Place {
     /// The place of a path without symbolic links that is reached through the mount with this ID, by the kernel's table
     /// of mounts; none when the table does not show the mount.
-    pub fn find(table: &str, mount: u64, path: &Path) -> Option<Self> {
-        table.lines().find_map(|line| {
-            let mut fields = line.split(' ');
-            if fields.next()? != mount.to_string() {
-                return None;
-            }
-            let device = fields.nth(1)?.to_owned();
-            let (root, point) = (unescaped(fields.next()?), unescaped(fields.next()?));
-            Some(Self { device, path: Path::new(&root).join(path.strip_prefix(point).ok()?) })
-        })
+    pub fn find(table: &[Line], mount: u64, path: &Path) -> Option<Self> {
+        let line = table.iter().find(|line| line.id == mount)?;
+        let below = path.strip_prefix(&line.point).ok()?;
+        Some(Self { device: line.device.clone(), path: line.root.join(below) })
     }
 
     /// Whether it is that folder, or lies below it.
@@ -41,6 +35,7 @@ impl Place {
 
 #[cfg(test)]
 mod tests {
+    use super::super::table::parse;
     use super::*;
 
     const TABLE: &str = "36 35 8:1 / / rw shared:1 - ext4 /dev/root rw\n\
@@ -48,7 +43,7 @@ mod tests {
                          38 36 0:9 / /mnt/y rw - tmpfs t rw\n";
 
     fn place(mount: u64, path: &str) -> Place {
-        Place::find(TABLE, mount, Path::new(path)).unwrap()
+        Place::find(&parse(TABLE), mount, Path::new(path)).unwrap()
     }
 
     #[test]
@@ -63,8 +58,7 @@ mod tests {
 
     #[test]
     fn what_the_table_does_not_show_has_no_place() {
-        assert_eq!(Place::find(TABLE, 99, Path::new("/srv")), None);
-        assert_eq!(Place::find(TABLE, 37, Path::new("/elsewhere")), None);
-        assert_eq!(Place::find("36", 36, Path::new("/")), None);
+        assert_eq!(Place::find(&parse(TABLE), 99, Path::new("/srv")), None);
+        assert_eq!(Place::find(&parse(TABLE), 37, Path::new("/elsewhere")), None);
     }
 }

@@ -5,6 +5,7 @@
 //!     meta.json        the background process; a union's VM and share daemon
 //!     mount.json       what is mounted
 //!     relay.json       what its relay has done so far
+//!     device           of its file system, as the kernel's table has it; not there before it is mounted
 //!     log              what the background process has to say
 //!     lost             why the mount fails, or what was lost with it; stays when that is to be known
 //! ```
@@ -21,6 +22,8 @@ use vmctr_fileshare::export::host::Figures;
 use vmctr_vmm::run_dir::{self, Entry, Owner, Role, RunDir, RunDirError, RunKey};
 
 use super::order::Order;
+use super::table::{self, Line};
+use crate::output::shell_word;
 
 /// Stands where containers have containerd's namespace.
 const NAMESPACE: &str = "vmctr-union";
@@ -29,6 +32,7 @@ const FILE: &str = "mount.json";
 const LOG: &str = "log";
 const LOST: &str = "lost";
 const RELAY: &str = "relay.json";
+const DEVICE: &str = "device";
 
 /// Of what the background process notes.
 const MAX_NOTE: usize = 4096;
@@ -37,8 +41,24 @@ const MAX_NOTE: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(3);
 const POLL: Duration = Duration::from_millis(20);
 
-/// The mount's type in /proc/mounts.
-const TYPE: &str = "fuse.vmctr";
+/// A mountpoint cannot be claimed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClaimError {
+    /// Its run directory cannot be had.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// What could not be written to disk is to be known before it is forgotten.
+    #[error("What is left of a mount is on {}: {why}: `vmctr umount {}` clears it", .mountpoint.display(), shell_word(.mountpoint))]
+    Noted {
+        /// The mountpoint.
+        mountpoint: PathBuf,
+        /// What was noted.
+        why: String,
+    },
+    /// Somebody has something of it open, or its changes are on their way to disk.
+    #[error("{}", still_used(.0))]
+    StillUsed(PathBuf),
+}
 
 /// A mount that has a run directory.
 #[derive(Debug)]
@@ -51,6 +71,8 @@ pub struct Mount {
     pub order: Option<Order>,
     /// What went wrong.
     pub lost: Option<String>,
+    /// Its file system's.
+    pub device: Option<String>,
 }
 
 /// What a union's relay has done so far: requests that somebody waited for the VM to answer, and what was read
@@ -113,21 +135,55 @@ pub fn owner(mountpoint: &Path) -> Owner {
     }
 }
 
-/// Makes the run directory of what is to be mounted there. Blocks for a while where another process still writes to
-/// disk what was changed in the mount before.
-pub fn claim(run_dir: &Path, mountpoint: &Path) -> Result<RunDir, RunDirError> {
+/// Makes the run directory of what is to be mounted there, unless what happened to the mount before is to be known.
+/// Blocks for a while where another process still writes to disk what was changed in that.
+pub fn claim(run_dir: &Path, mountpoint: &Path) -> Result<RunDir, ClaimError> {
     let until = Instant::now() + PATIENCE;
     loop {
+        check_seen(run_dir, mountpoint)?;
         match RunDir::create(run_dir, owner(mountpoint)) {
             Err(RunDirError::InUse { .. }) if Instant::now() < until => sleep(POLL),
-            outcome => return outcome,
+            Err(RunDirError::InUse { .. }) if !is_mounted(mountpoint) => {
+                return Err(ClaimError::StillUsed(mountpoint.to_owned()));
+            }
+            outcome => return Ok(outcome?),
         }
+    }
+}
+
+/// Why there is no place for another mount where none is seen.
+pub fn still_used(mountpoint: &Path) -> String {
+    let place = mountpoint.display();
+    format!(
+        "What was mounted on {place} is unmounted, but still used, or its changes are being written to disk: \
+         `vmctr umount {}` waits for that, and says who uses it",
+        shell_word(mountpoint)
+    )
+}
+
+/// Whoever had the directory before notes what was lost before it lets the directory go: so that is looked at first.
+fn check_seen(run_dir: &Path, mountpoint: &Path) -> Result<(), ClaimError> {
+    let Ok(Some(before)) = find(run_dir, mountpoint) else { return Ok(()) };
+    if before.process(Role::Shim).is_some() {
+        return Ok(());
+    }
+    match fs::read_to_string(before.entry.path.join(LOST)) {
+        Ok(why) => Err(ClaimError::Noted { mountpoint: mountpoint.to_owned(), why }),
+        Err(_) => Ok(()),
     }
 }
 
 /// Writes down what is mounted.
 pub fn write(dir: &Path, order: &Order) -> io::Result<()> {
     write_whole(&dir.join(FILE), &serde_json::to_vec_pretty(order)?)
+}
+
+/// Writes down which file system it is, now that it is mounted.
+pub fn write_device(dir: &Path, mountpoint: &Path) -> io::Result<()> {
+    match table::topmost(mountpoint).filter(Line::is_ours) {
+        Some(line) => write_whole(&dir.join(DEVICE), line.device.as_bytes()),
+        None => Ok(()),
+    }
 }
 
 /// Writes down what went wrong.
@@ -181,7 +237,8 @@ impl Mount {
         let order = fs::read(entry.path.join(FILE)).ok();
         let order = order.and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let lost = fs::read_to_string(entry.path.join(LOST)).ok();
-        Some(Self { entry, mountpoint, order, lost })
+        let device = fs::read_to_string(entry.path.join(DEVICE)).ok();
+        Some(Self { entry, mountpoint, order, lost, device })
     }
 
     /// What it is of.
@@ -201,13 +258,19 @@ impl Mount {
     /// How it is with it now.
     pub fn state(&self) -> State {
         let live = |role| self.process(role).is_some();
-        match (live(Role::Shim), is_mounted(&self.mountpoint)) {
+        match (live(Role::Shim), self.is_mounted()) {
             (false, _) => State::Dead,
             (true, false) => State::Changing,
             // Its process notes at once when its VM ends; whoever unmounts it after that knows of the loss.
             (true, true) if self.lost.is_none() => State::Mounted,
             (true, true) => State::Lost,
         }
+    }
+
+    /// Whether it is in its place, seen or covered by something else.
+    pub fn is_mounted(&self) -> bool {
+        let is_it = |line: &Line| self.device.as_ref().is_none_or(|device| *device == line.device);
+        table::own().iter().any(|line| line.is_ours() && line.point == self.mountpoint && is_it(line))
     }
 
     /// The live process with this role.
@@ -218,31 +281,7 @@ impl Mount {
 
 /// Whether something of ours is mounted there.
 pub fn is_mounted(mountpoint: &Path) -> bool {
-    let found = |(point, kind): (String, &str)| kind == TYPE && Path::new(&point) == mountpoint;
-    mount_table().lines().filter_map(mount).any(found)
-}
-
-/// The kernel's table of this process's mounts; empty where /proc is not there.
-pub fn mount_table() -> String {
-    fs::read_to_string("/proc/self/mountinfo").unwrap_or_default()
-}
-
-/// Mountpoint and type of a line of mountinfo.
-fn mount(line: &str) -> Option<(String, &str)> {
-    let (left, right) = line.split_once(" - ")?;
-    Some((unescaped(left.split(' ').nth(4)?), right.split(' ').next()?))
-}
-
-/// The kernel writes spaces and the like as a backslash and three octal digits.
-pub fn unescaped(text: &str) -> String {
-    let mut parts = text.split('\\');
-    let mut plain = parts.next().unwrap_or_default().as_bytes().to_vec();
-    for part in parts {
-        let code = part.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        plain.extend(code);
-        plain.extend_from_slice(part.get(3..).unwrap_or_default().as_bytes());
-    }
-    String::from_utf8_lossy(&plain).into_owned()
+    table::own().iter().any(|line| line.is_ours() && line.point == mountpoint)
 }
 
 /// A mountpoint as it was recorded: absolute, without symbolic links. The mount itself is not asked, which may not
@@ -262,10 +301,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_mount_table_is_read_with_its_escapes() {
-        let line = r"36 35 0:55 / /mnt/a\040b\134 rw,nosuid shared:1 - fuse.vmctr vmctr rw,user_id=0";
-        assert_eq!(mount(line), Some((r"/mnt/a b\".to_owned(), "fuse.vmctr")));
-        assert_eq!(mount("nonsense"), None);
+    fn what_was_lost_is_not_forgotten_unseen() {
+        let root = tempfile::tempdir().unwrap();
+        let place = Path::new("/mnt/x");
+        let dir = claim(root.path(), place).unwrap();
+        note_lost(dir.path(), "Changes may be lost").unwrap();
+        dir.disown().unwrap();
+        let refused = claim(root.path(), place).unwrap_err().to_string();
+        assert!(refused.contains("Changes may be lost: `vmctr umount /mnt/x`"), "{refused}");
+        run_dir::clear_dead(root.path(), &RunKey::of_bundle(place)).unwrap();
+        claim(root.path(), place).unwrap();
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use rustix::mount::MountAttrFlags;
-use rustix::process::setsid;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
@@ -42,6 +42,7 @@ const MEMORY: Duration = Duration::from_secs(1);
 pub async fn run(config: &Config) -> Outcome {
     // It is a session's leader already where the parent made it one.
     let _ = setsid();
+    raise_file_limit();
     let order = serde_json::from_reader(io::stdin()).context("Cannot read what to mount");
     let served = match order {
         Ok(Order::Union(plan)) => owner::run(config, plan).await,
@@ -55,6 +56,13 @@ pub async fn run(config: &Config) -> Outcome {
             Ok(Verdict::Bad)
         }
     }
+}
+
+/// Lower folders, files that are lent and relay threads want many more files than programs that use select(2) can have,
+/// for which the usual limit is made. Where it cannot be raised, who wants more is told.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 /// An error says why there is no mount.
@@ -84,6 +92,9 @@ async fn start(config: &Config, target: Target) -> anyhow::Result<Served> {
     let run_dir = spawn_blocking(move || record::claim(&place, &mountpoint)).await??;
     match start_in(&order, &target, &run_dir).await {
         Ok(export) => {
+            if let Err(error) = record::write_device(run_dir.path(), &target.mountpoint) {
+                warn!("Cannot write down which mount it is: {error}");
+            }
             info!("Mounted");
             Ok(Served::new(export, run_dir, target.mountpoint, Locks::default()))
         }

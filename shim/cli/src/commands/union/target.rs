@@ -14,14 +14,12 @@ use vmctr_vmm::config::Config;
 use vmctr_vmm::run_dir::{self, Entry};
 
 use super::check;
+use super::order::Version;
 use crate::cli::MountArgs;
 use crate::commands::Context;
 use crate::container;
 use crate::control;
 use crate::failure::Failure;
-
-/// Version of what `mount.json` says of a container.
-const VERSION: u32 = 1;
 
 /// How long the VM may take to accept a stream.
 const DIAL_LIMIT: Duration = Duration::from_secs(10);
@@ -33,8 +31,8 @@ const LONGEST_ANSWER: usize = 32;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Target {
-    /// Format version.
-    pub version: u32,
+    /// Of what `mount.json` says of a container.
+    version: Version<1>,
     /// Where it is mounted: absolute, without symbolic links.
     pub mountpoint: PathBuf,
     /// containerd's namespace.
@@ -69,7 +67,7 @@ impl Target {
         container::check(context, &client, &args.container).await?;
         let entry = entry(context, config, &args.container)?;
         Ok(Self {
-            version: VERSION,
+            version: Version,
             mountpoint,
             namespace: context.namespace.clone(),
             container: args.container.clone(),
@@ -100,14 +98,17 @@ impl Target {
 
 /// The run directory of the container's VM.
 fn entry(context: &Context, config: &Config, id: &str) -> Result<Entry, Failure> {
-    let is_wanted = |entry: &Entry| {
-        entry.meta.owner.namespace == context.namespace && entry.meta.owner.container_id == id
-    };
-    let found = run_dir::list(&config.run_dir)?.into_iter().find(is_wanted);
-    found.filter(|entry| entry.meta.live_shim().is_some()).ok_or_else(|| {
-        let namespace = &context.namespace;
+    let namespace = &context.namespace;
+    find_live(run_dir::list(&config.run_dir)?, namespace, id).ok_or_else(|| {
         Failure::failed(anyhow!("Container {id} does not run"))
             .hint(format!("`ctr -n {namespace} task start {id}` starts it"))
+    })
+}
+
+/// Another bundle of the container's, whose shim was killed, may have left a directory.
+fn find_live(entries: Vec<Entry>, namespace: &str, id: &str) -> Option<Entry> {
+    entries.into_iter().find(|Entry { meta, .. }| {
+        meta.owner.namespace == namespace && meta.owner.container_id == id && meta.live_shim().is_some()
     })
 }
 
@@ -129,11 +130,13 @@ mod tests {
     use std::path::Path;
     use std::thread;
 
+    use vmctr_vmm::run_dir::{Owner, Role, RunDir};
+
     use super::*;
 
     fn target(vsock: &Path) -> Target {
         Target {
-            version: VERSION,
+            version: Version,
             mountpoint: "/mnt".into(),
             namespace: "default".into(),
             container: "web".into(),
@@ -155,6 +158,24 @@ mod tests {
         let dialled = target(&socket).dial();
         serve.join().unwrap();
         dialled
+    }
+
+    #[test]
+    fn what_a_dead_shim_left_does_not_hide_the_live_one() {
+        let root = tempfile::tempdir().unwrap();
+        let owner = |bundle: &str| Owner {
+            namespace: "default".into(),
+            container_id: "web".into(),
+            bundle: bundle.into(),
+        };
+        let bundles = ["/a", "/b"];
+        let dirs = bundles.map(|bundle| RunDir::create(root.path(), owner(bundle)).unwrap());
+        for (dead, live) in [(0, 1), (1, 0)] {
+            dirs[dead].disown().unwrap();
+            let found = find_live(run_dir::list(root.path()).unwrap(), "default", "web").unwrap();
+            assert_eq!(found.path, dirs[live].path());
+            dirs[dead].record(Role::Shim, std::process::id()).unwrap();
+        }
     }
 
     #[test]

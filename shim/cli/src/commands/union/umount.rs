@@ -10,12 +10,15 @@ use anyhow::{Context as _, anyhow};
 use rustix::io::Errno;
 use vmctr_fileshare::export::host::unmount;
 use vmctr_vmm::config::Config;
-use vmctr_vmm::run_dir;
+use vmctr_vmm::run_dir::{self, RunDirError};
 
 use super::owners;
-use super::record::{self, State};
+use super::record::{self, Mount, State};
+use super::table::{self, Line};
+use super::users::{self, User};
 use crate::cli::UnionUmount;
 use crate::failure::{Failure, Outcome, Verdict};
+use crate::output::shell_word;
 
 /// As long as writing to disk may take.
 const PATIENCE: Duration = Duration::from_secs(330);
@@ -24,25 +27,44 @@ const POLL: Duration = Duration::from_millis(20);
 /// A VM that starts copies the host's mounts and drops them: for that moment, each of them is busy.
 const BUSY_FOR_A_MOMENT: Duration = Duration::from_millis(300);
 
+/// Whoever uses it for longer is no such VM.
+const USED_LIMIT: Duration = Duration::from_secs(5);
+
+/// Between two looks at all processes of this host.
+const LOOK: Duration = Duration::from_millis(500);
+
 /// Unmounts, and clears up after a process that was killed.
 pub fn run(config: &Config, args: &UnionUmount) -> Outcome {
     let shown = args.mountpoint.display();
     let place = record::resolve(&args.mountpoint).with_context(|| format!("Cannot use {shown}"))?;
     let known = record::find(&config.run_dir, &place)?;
-    if record::is_mounted(&place) {
+    // It may end before anybody looks again.
+    let was_served = known.as_ref().is_some_and(|known| known.state() != State::Dead);
+    if known.as_ref().map_or_else(|| record::is_mounted(&place), Mount::is_mounted) {
+        check_uncovered(&place, known.as_ref())?;
         take_away(&place, args.lazy)?;
     } else if known.is_none() {
         return Err(Failure::not_found(anyhow!("No union or container is mounted on {shown}")));
     }
-    let was_served = known.is_some_and(|known| known.state() != State::Dead);
     // Whoever still has a file open keeps the VM.
     if !args.lazy {
-        wait_for_end(config, &place)?;
+        let device = known.and_then(|known| known.device);
+        wait_for_end(config, &place, device.as_deref())?;
     }
     match clear_up(config, &place)? {
         Some(why) if was_served => Err(anyhow!(why).into()),
         _ => Ok(Verdict::Good),
     }
+}
+
+/// Whatever is mounted on top would be taken away instead.
+fn check_uncovered(place: &Path, known: Option<&Mount>) -> Result<(), Failure> {
+    let device = known.and_then(|known| known.device.as_ref());
+    let is_it = |line: &Line| line.is_ours() && device.is_none_or(|device| *device == line.device);
+    let Some(line) = table::topmost(place).filter(|line| !is_it(line)) else { return Ok(()) };
+    let (shown, Line { kind, source, .. }) = (place.display(), line);
+    let error = anyhow!("Something else is mounted on {shown}, over it: {source}, of type {kind}");
+    Err(Failure::failed(error).hint(format!("`umount {}` takes that away", shell_word(place))))
 }
 
 fn is_busy(error: &io::Error) -> bool {
@@ -72,25 +94,76 @@ fn take_away(place: &Path, lazy: bool) -> Result<(), Failure> {
     })
 }
 
-fn wait_for_end(config: &Config, place: &Path) -> anyhow::Result<()> {
+fn wait_for_end(config: &Config, place: &Path, device: Option<&str>) -> anyhow::Result<()> {
     let until = Instant::now() + PATIENCE;
+    let mut watch = Watch::new(device);
     loop {
-        match record::find(&config.run_dir, place)?.map(|mount| mount.state()) {
+        let mount = record::find(&config.run_dir, place)?;
+        match mount.as_ref().map(Mount::state) {
             Some(State::Dead) => return Ok(()),
+            Some(State::Mounted) if mount.as_ref().is_some_and(|mount| is_another(mount, device)) => {
+                return Ok(());
+            }
             None if !record::has_files(&config.run_dir, place) => return Ok(()),
             _ if Instant::now() < until => sleep(POLL),
-            _ => return Err(anyhow!("The mount's process does not end")),
+            _ => return Err(late(place, mount.as_ref())),
         }
+        if let Some(user) = watch.look(config, place)? {
+            let place = place.display();
+            return Err(anyhow!("What was mounted on {place} is unmounted there, but still used: {user}"));
+        }
+    }
+}
+
+/// Whether it has the place of the one with this device since.
+fn is_another(mount: &Mount, device: Option<&str>) -> bool {
+    device.is_some() && mount.device.as_deref() != device
+}
+
+fn late(place: &Path, mount: Option<&Mount>) -> anyhow::Error {
+    let (place, limit) = (place.display(), PATIENCE.as_secs());
+    let log = mount.map_or_else(String::new, |mount| {
+        format!(": what it does is in {}", record::log(&mount.entry.path).display())
+    });
+    anyhow!("The process of what was mounted on {place} has not ended within {limit} s{log}")
+}
+
+/// Looks now and then who uses what was unmounted.
+struct Watch<'a> {
+    device: Option<&'a str>,
+    last: Instant,
+    found_since: Option<Instant>,
+}
+
+impl<'a> Watch<'a> {
+    fn new(device: Option<&'a str>) -> Self {
+        Self { device, last: Instant::now(), found_since: None }
+    }
+
+    /// Whoever has used it for some time.
+    fn look(&mut self, config: &Config, place: &Path) -> Result<Option<User>, RunDirError> {
+        let Some(device) = self.device.filter(|_| self.last.elapsed() > LOOK) else { return Ok(None) };
+        // The number is another's as soon as this file system is gone.
+        let is_others = |mount: &Mount| {
+            mount.mountpoint != place && mount.device.as_deref() == Some(device) && mount.is_mounted()
+        };
+        let is_gone = record::list(&config.run_dir)?.iter().any(is_others);
+        let user = if is_gone { None } else { users::find(device) };
+        self.last = Instant::now();
+        self.found_since = user.is_some().then(|| self.found_since.unwrap_or(self.last));
+        let long = self.found_since.is_some_and(|since| since.elapsed() > USED_LIMIT);
+        Ok(user.filter(|_| long))
     }
 }
 
 /// Removes what a process has left; what it has noted.
 fn clear_up(config: &Config, place: &Path) -> anyhow::Result<Option<String>> {
     let Some(mount) = record::find(&config.run_dir, place)? else { return Ok(None) };
-    if mount.state() != State::Dead {
-        return Ok(None);
+    match run_dir::clear_dead(&config.run_dir, &mount.entry.key) {
+        Ok(()) => owners::clear_up(config),
+        // It was taken away lazily, or mounted anew in this moment.
+        Err(RunDirError::InUse { .. }) => return Ok(None),
+        Err(error) => return Err(error.into()),
     }
-    run_dir::cleanup(&config.run_dir, &mount.entry.key)?;
-    owners::clear_up(config)?;
     Ok(mount.lost)
 }
