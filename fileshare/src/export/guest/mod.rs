@@ -17,8 +17,8 @@
 //! 2. What it makes belongs to the caller; whether the caller may, the host's kernel has decided.
 //! 3. Devices, fifos and sockets are named, made and removed, never opened.
 //!
-//! A lower file with several names is one node, so where overlay keeps such names together (`index=on`) it is
-//! copied up under the name that was looked up first, whichever is changed. The merged view is the same.
+//! A lower file with several names is one node until a copy-up parts them, as it does with `index=off`. (Where overlay
+//! keeps them together, `index=on`, it is copied up under the name that was looked up first; the view is the same.)
 //!
 //! It does not use virtiofsd's passthrough, which the share does: that has no locks, no O_TMPFILE and no way to
 //! its descriptors, takes two files that overlay shows under one inode number for one, and would bring its C
