@@ -44,12 +44,16 @@ fn starts_are_measured_in_their_parts_and_beside_runc() {
 fn an_interrupted_run_leaves_nothing() {
     let running = Running::start_with(bench().arg("start").stdin(Stdio::null()).stdout(Stdio::null()));
     let pid = running.pid();
-    let of_it = |pid: &u32| proc::parent(*pid) == Some(running.pid()) && proc::program(*pid) == "containerd";
-    eventually("its containerd runs", TIME_LIMIT, || proc::all().iter().any(of_it));
-    let containerd = proc::all().into_iter().find(of_it).expect("just seen");
-    let line = proc::command_line(containerd);
-    let config = line.split(' ').next_back().expect("a config file");
-    let tag = config.split('/').nth(2).expect("in the rig's folder").to_owned();
+    // A program's arguments are there a moment later than the program.
+    let tag = || {
+        let mut all = proc::all().into_iter().filter(|found| proc::parent(*found) == Some(pid));
+        let containerd = all.find(|found| proc::program(*found) == "containerd")?;
+        let line = proc::command_line(containerd);
+        let config = line.split(' ').next_back()?;
+        config.split('/').nth(2).map(str::to_owned)
+    };
+    eventually("its containerd runs", TIME_LIMIT, || tag().is_some());
+    let tag = tag().expect("just seen");
     let mentioned = || proc::all().into_iter().filter(|pid| proc::mentions(*pid, &tag)).count();
     eventually("a VM runs", TIME_LIMIT, || {
         proc::all().iter().any(|pid| proc::mentions(*pid, &tag) && proc::program(*pid).starts_with("qemu"))

@@ -5,9 +5,9 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::Rig;
 use super::api;
 use super::command::{self, Output, Running, TIME_LIMIT, eventually};
+use super::{RUNC, Rig};
 
 /// A `ctr run` in the making.
 pub struct Run<'rig> {
@@ -109,8 +109,20 @@ impl<'rig> Run<'rig> {
     }
 
     /// Runs it to its end with nothing on stdin.
-    pub fn output(self) -> Output {
+    pub fn output(mut self) -> Output {
+        self.outlive_the_opening();
         command::run(&mut self.command())
+    }
+
+    /// runc starts a process whether or not its output has a reader: ctr loses what one has printed that ended before.
+    fn outlive_the_opening(&mut self) {
+        if let (RUNC, [shell, _, script]) = (self.runtime, self.args.as_mut_slice())
+            && *shell == "/bin/sh"
+        {
+            let mut longer = OsString::from("trap 'sleep 0.2' EXIT; ");
+            longer.push(&script);
+            *script = longer;
+        }
     }
 
     /// Runs it to its end with these bytes on stdin.

@@ -107,7 +107,7 @@ impl Server {
             length => start + length.cast_unsigned() - 1,
         };
         let kind = u32::from(lock.l_type.cast_unsigned());
-        let pid = self.locks.holder(&wish, start, kind);
+        let pid = self.locks.holder(&wish, kind);
         answer.u64(start).u64(end).u32(kind).u32(pid);
         Ok(())
     }
@@ -170,7 +170,7 @@ impl Locks {
     }
 
     /// Whoever of the others is known to have a lock on this file; 0 if it can be somebody in the guest.
-    fn holder(&self, wish: &Wish, _start: u64, kind: u32) -> u32 {
+    fn holder(&self, wish: &Wish, kind: u32) -> u32 {
         if kind == libc::F_UNLCK as u32 {
             return 0;
         }
