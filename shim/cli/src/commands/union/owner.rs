@@ -218,11 +218,7 @@ impl Owner {
         let answer = if is_there || port.is_some() { Answer::Taken } else { Answer::Declined };
         let told = asker.tell(&answer).await;
         if is_there {
-            let place = &plan.mountpoint;
-            let why = match record::is_mounted(place) {
-                true => format!("A union is mounted on {} already", place.display()),
-                false => record::still_used(place),
-            };
+            let why = record::why_taken(&self.config.run_dir, &plan.mountpoint);
             // As above.
             let _ = asker.tell(&Answer::Failed(why)).await;
         }

@@ -55,9 +55,9 @@ pub enum ClaimError {
         /// What was noted.
         why: String,
     },
-    /// Somebody has something of it open, or its changes are on their way to disk.
-    #[error("{}", still_used(.0))]
-    StillUsed(PathBuf),
+    /// Another mount has the place, or keeps it for a moment yet.
+    #[error("{0}")]
+    Taken(String),
 }
 
 /// A mount that has a run directory.
@@ -143,17 +143,23 @@ pub fn claim(run_dir: &Path, mountpoint: &Path) -> Result<RunDir, ClaimError> {
         check_seen(run_dir, mountpoint)?;
         match RunDir::create(run_dir, owner(mountpoint)) {
             Err(RunDirError::InUse { .. }) if Instant::now() < until => sleep(POLL),
-            Err(RunDirError::InUse { .. }) if !is_mounted(mountpoint) => {
-                return Err(ClaimError::StillUsed(mountpoint.to_owned()));
-            }
+            Err(RunDirError::InUse { .. }) => return Err(ClaimError::Taken(why_taken(run_dir, mountpoint))),
             outcome => return Ok(outcome?),
         }
     }
 }
 
-/// Why there is no place for another mount where none is seen.
-pub fn still_used(mountpoint: &Path) -> String {
+/// Why there is no place for another mount.
+pub fn why_taken(run_dir: &Path, mountpoint: &Path) -> String {
     let place = mountpoint.display();
+    let other = find(run_dir, mountpoint).ok().flatten();
+    let kind = other.as_ref().map_or("union", Mount::kind);
+    if is_mounted(mountpoint) {
+        return format!("A {kind} is mounted on {place} already");
+    }
+    if other.is_none_or(|other| other.device.is_none()) {
+        return format!("A {kind} is just being mounted on {place}");
+    }
     format!(
         "What was mounted on {place} is unmounted, but still used, or its changes are being written to disk: \
          `vmctr umount {}` waits for that, and says who uses it",
@@ -267,6 +273,11 @@ impl Mount {
         }
     }
 
+    /// Whether it has not been in its place yet.
+    pub fn is_coming(&self) -> bool {
+        self.device.is_none() && self.state() == State::Changing
+    }
+
     /// Whether it is in its place, seen or covered by something else.
     pub fn is_mounted(&self) -> bool {
         let is_it = |line: &Line| self.device.as_ref().is_none_or(|device| *device == line.device);
@@ -311,6 +322,19 @@ mod tests {
         assert!(refused.contains("Changes may be lost: `vmctr umount /mnt/x`"), "{refused}");
         run_dir::clear_dead(root.path(), &RunKey::of_bundle(place)).unwrap();
         claim(root.path(), place).unwrap();
+    }
+
+    #[test]
+    fn what_comes_and_what_goes_are_told_apart() {
+        let root = tempfile::tempdir().unwrap();
+        let place = Path::new("/mnt/x");
+        let dir = claim(root.path(), place).unwrap();
+        let found = || find(root.path(), place).unwrap().unwrap();
+        assert!(found().is_coming());
+        assert_eq!(why_taken(root.path(), place), "A union is just being mounted on /mnt/x");
+        fs::write(dir.path().join(DEVICE), "0:9999").unwrap();
+        assert!(!found().is_coming());
+        assert!(why_taken(root.path(), place).contains("is unmounted, but still used"));
     }
 
     #[test]

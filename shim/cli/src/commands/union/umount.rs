@@ -38,6 +38,7 @@ pub fn run(config: &Config, args: &UnionUmount) -> Outcome {
     let shown = args.mountpoint.display();
     let place = record::resolve(&args.mountpoint).with_context(|| format!("Cannot use {shown}"))?;
     let known = record::find(&config.run_dir, &place)?;
+    known.iter().try_for_each(check_complete)?;
     // It may end before anybody looks again.
     let was_served = known.as_ref().is_some_and(|known| known.state() != State::Dead);
     if known.as_ref().map_or_else(|| record::is_mounted(&place), Mount::is_mounted) {
@@ -55,6 +56,15 @@ pub fn run(config: &Config, args: &UnionUmount) -> Outcome {
         Some(why) if was_served => Err(anyhow!(why).into()),
         _ => Ok(Verdict::Good),
     }
+}
+
+/// Whoever mounts it gives up when it is interrupted, and leaves nothing.
+fn check_complete(known: &Mount) -> Result<(), Failure> {
+    if !known.is_coming() {
+        return Ok(());
+    }
+    let error = anyhow!("A {} is just being mounted on {}", known.kind(), known.mountpoint.display());
+    Err(Failure::failed(error).hint("unmount it when it is there, or interrupt the command that mounts it"))
 }
 
 /// Whatever is mounted on top would be taken away instead.
@@ -166,4 +176,22 @@ fn clear_up(config: &Config, place: &Path) -> anyhow::Result<Option<String>> {
         Err(error) => return Err(error.into()),
     }
     Ok(mount.lost)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_mounted_yet_is_not_waited_for() {
+        let root = tempfile::tempdir().unwrap();
+        let config = Config { run_dir: root.path().join("run"), ..Config::default() };
+        let place = root.path().canonicalize().unwrap();
+        let dir = record::claim(&config.run_dir, &place).unwrap();
+        for lazy in [false, true] {
+            let refused = run(&config, &UnionUmount { lazy, mountpoint: place.clone() }).unwrap_err();
+            assert!(refused.to_string().contains("is just being mounted"), "{refused}");
+        }
+        assert!(dir.path().exists());
+    }
 }

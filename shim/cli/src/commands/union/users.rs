@@ -17,7 +17,7 @@ pub enum User {
     Mount(PathBuf),
     /// It is mounted where this process sees it.
     Elsewhere(String, PathBuf),
-    /// This process has a file or folder of it open.
+    /// This process has a file or folder of it open, or runs a program of it.
     Process(String),
 }
 
@@ -67,7 +67,7 @@ fn has_open(pid: &str, device: &str) -> bool {
     let process = Path::new("/proc").join(pid);
     let files = fs::read_dir(process.join("fd")).into_iter().flatten().flatten().map(|entry| entry.path());
     files
-        .chain([process.join("cwd"), process.join("root")])
+        .chain(["cwd", "root", "exe"].map(|name| process.join(name)))
         .any(|path| device_of(&path).as_deref() == Some(device))
 }
 
@@ -79,7 +79,22 @@ fn device_of(path: &Path) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
+
+    #[test]
+    fn whoever_runs_a_program_is_found() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let program = dir.path().join("program");
+        // Not by this process: a child of another test's would keep it open for writing for a moment.
+        assert!(Command::new("cp").arg("/bin/sleep").arg(&program).status().unwrap().success());
+        let mut child = Command::new(&program).arg("60").spawn().unwrap();
+        let found = has_open(&child.id().to_string(), &device_of(&program).unwrap());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(found);
+    }
 
     #[test]
     fn whoever_has_a_file_open_is_found() {
