@@ -8,6 +8,7 @@
 //! ```
 
 mod agent;
+mod claim;
 mod container;
 mod create;
 mod driver;

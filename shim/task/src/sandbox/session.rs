@@ -32,6 +32,7 @@ use vmctr_vmm::vm::{Origin, Vm, VmError, VmStart, VmState};
 use vmctr_vmm::vsock::{UnixServer, VsockHost};
 
 use super::agent::{AgentLink, CallError, EndSignal};
+use super::claim::{self, RemoveOnDrop};
 use super::guest_events::{self, GuestEvent};
 use super::share_daemon::{ShareDaemon, ShareError};
 use super::steps::{Step, Steps};
@@ -71,7 +72,12 @@ pub enum SessionError {
     RunDir(#[from] RunDirError),
     /// A folder of its root is somebody else's.
     #[error(transparent)]
-    Lock(#[from] LockError),
+    Lock(LockError),
+    /// Its root folder is.
+    #[error(
+        "{0}; containers that start from one folder each need the annotation io.vmctr.upper=guest or io.vmctr.upper-dir"
+    )]
+    Root(LockError),
     /// Its work folder cannot be used.
     #[error(transparent)]
     WorkDir(#[from] WorkDirError),
@@ -128,8 +134,8 @@ impl Session {
         warm: Option<Warm>,
     ) -> Result<(Self, mpsc::Receiver<GuestEvent>), SessionError> {
         let container_id = plan.owner.container_id.clone();
-        let run_dir = RunDir::create(&config.run_dir, plan.owner.clone())?;
-        let guard = RemoveOnDrop(Some(run_dir.clone()));
+        let run_dir = claim::run_dir(config, &plan).await?;
+        let guard = RemoveOnDrop::new(&run_dir);
         let session = Self::start_in(config, plan, run_dir, warm).await?;
         guard.disarm();
         let events = guest_events::spawn(session.vm.agent(), container_id, session.end.clone());
@@ -143,7 +149,7 @@ impl Session {
         warm: Option<Warm>,
     ) -> Result<Self, SessionError> {
         let mut steps = Steps::begin();
-        let locks = lock(&plan).await?;
+        let locks = claim::folders(&plan).await?;
         let work_dir = plan.work_dir.as_deref().map(WorkDir::create).transpose()?;
         let (assets, qemu) = find(config).await?;
         let resolution = accel::resolve(config, &assets, &qemu).await?;
@@ -449,13 +455,6 @@ fn share_ended(exit: Exit) -> String {
     format!("The share daemon ended ({exit})")
 }
 
-/// A folder may be in use for a moment, which blocks.
-async fn lock(plan: &SessionPlan) -> Result<Locks, SessionError> {
-    let (share, own) = (plan.share.clone(), plan.work_dir.clone());
-    let locked = spawn_blocking(move || Locks::take(&share, own.as_deref()));
-    Ok(locked.await.map_err(|error| SessionError::Blocking(error.into()))??)
-}
-
 async fn find(config: &Config) -> Result<(GuestAssets, Qemu), SessionError> {
     let config = config.clone();
     let found = spawn_blocking(move || Ok((GuestAssets::find(&config)?, Qemu::find_known(&config)?)));
@@ -466,23 +465,4 @@ async fn dial(vsock: &VsockHost, number: u64) -> io::Result<std::os::unix::net::
     let mut stream = vsock.connect(ports::STDIO).await.map_err(io::Error::other)?;
     stream.write_all(&number.to_le_bytes()).await?;
     stream.into_std()
-}
-
-/// Removes the run directory of a start that failed.
-struct RemoveOnDrop(Option<RunDir>);
-
-impl RemoveOnDrop {
-    fn disarm(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for RemoveOnDrop {
-    fn drop(&mut self) {
-        if let Some(run_dir) = &self.0
-            && let Err(error) = run_dir.remove()
-        {
-            error!("{}", crate::error::chain(&error));
-        }
-    }
 }
