@@ -8,8 +8,9 @@
 //!
 //! Invariant: what a guest keeps in its caches without limit, nobody else changes.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -31,9 +32,9 @@ pub struct Locks(#[expect(dead_code, reason = "held for their locks")] Vec<File>
 /// A folder cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    /// Somebody else changes it, or relies on its not being changed.
-    #[error("{} is in use by another union or container", .0.display())]
-    InUse(PathBuf),
+    /// Somebody else changes it, or relies on its not being changed; one of those who do, where the kernel tells.
+    #[error("{} is in use by another union or container{}", .0.display(), by(*.1))]
+    InUse(PathBuf, Option<u32>),
     /// It cannot be opened or locked.
     #[error("Cannot lock {}", .0.display())]
     Io(PathBuf, #[source] io::Error),
@@ -79,23 +80,47 @@ fn lock(by: UsedBy, path: &Path, how: FlockOperation, until: Instant) -> Result<
         match flock(&folder, how) {
             Ok(()) => return Ok(folder),
             Err(Errno::WOULDBLOCK) if Instant::now() < until => sleep(POLL),
-            Err(Errno::WOULDBLOCK) => return Err(LockError::InUse(path.to_owned())),
+            Err(Errno::WOULDBLOCK) => return Err(LockError::InUse(path.to_owned(), holder(&folder))),
             Err(errno) => return Err(failed(errno.into())),
         }
     }
 }
 
+fn by(process: Option<u32>) -> String {
+    process.map_or_else(String::new, |pid| format!(" (process {pid})"))
+}
+
+/// A process that has a lock on the folder.
+fn holder(folder: &File) -> Option<u32> {
+    let stat = folder.metadata().ok()?;
+    let (major, minor) = (rustix::fs::major(stat.dev()), rustix::fs::minor(stat.dev()));
+    let file = format!("{major:02x}:{minor:02x}:{}", stat.ino());
+    fs::read_to_string("/proc/locks").ok()?.lines().find_map(|line| holder_in(line, &file))
+}
+
+/// `1: FLOCK  ADVISORY  WRITE 7 fe:00:9 0 EOF`; a second line for who waits has an arrow in it. Who is in another PID
+/// namespace has no number here.
+fn holder_in(line: &str, file: &str) -> Option<u32> {
+    let fields: Vec<_> = line.split_ascii_whitespace().collect();
+    match fields[..] {
+        [_, "FLOCK", _, _, pid, of, ..] if of == file => pid.parse().ok().filter(|pid| *pid > 0),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     struct Folders(tempfile::TempDir);
 
     impl Folders {
         fn new() -> Self {
-            let folders = Self(tempfile::tempdir().unwrap());
+            Self::within(tempfile::tempdir().unwrap())
+        }
+
+        fn within(dir: tempfile::TempDir) -> Self {
+            let folders = Self(dir);
             for name in ["low", "up", "work", "up2", "work2"] {
                 fs::create_dir(folders.at(name)).unwrap();
             }
@@ -122,7 +147,7 @@ mod tests {
 
     fn refused(spec: &ShareSpec) -> PathBuf {
         match Locks::take_within(Duration::ZERO, spec, None) {
-            Err(LockError::InUse(path)) => path,
+            Err(LockError::InUse(path, _)) => path,
             other => panic!("{other:?}"),
         }
     }
@@ -144,6 +169,21 @@ mod tests {
         let second = Locks::take(&folders.overlay("low", "up2", "work2"), None).unwrap();
         drop((first, second));
         Locks::take(&folders.root("low", false), None).unwrap();
+    }
+
+    #[test]
+    fn who_has_it_is_named() {
+        // Some file systems have other numbers for programs than in the kernel's table.
+        let folders = Folders::within(tempfile::tempdir_in("/dev/shm").unwrap());
+        let _first = Locks::take(&folders.overlay("low", "up", "work"), None).unwrap();
+        let error = Locks::take_within(Duration::ZERO, &folders.lowers("up"), None).unwrap_err().to_string();
+        let words = format!("up is in use by another union or container (process {})", std::process::id());
+        assert!(error.ends_with(&words), "{error}");
+        for line in
+            ["1: -> FLOCK  ADVISORY  WRITE 7 fe:00:9 0 EOF", "1: FLOCK  ADVISORY  WRITE 0 fe:00:9 0 EOF"]
+        {
+            assert_eq!(holder_in(line, "fe:00:9"), None);
+        }
     }
 
     #[test]

@@ -27,7 +27,7 @@ pub(super) async fn folders(plan: &SessionPlan) -> Result<Locks, SessionError> {
 
 fn refused(share: &ShareSpec, error: LockError) -> SessionError {
     match (&share.top, &error) {
-        (Top::Folder { .. }, LockError::InUse(_)) => SessionError::Root(error),
+        (Top::Folder { .. }, LockError::InUse(..)) => SessionError::Root(error),
         _ => SessionError::Lock(error),
     }
 }
@@ -62,7 +62,7 @@ mod tests {
 
     #[test]
     fn what_lets_containers_start_from_one_folder_is_told_where_it_helps() {
-        let in_use = || LockError::InUse("/srv/root".into());
+        let in_use = || LockError::InUse("/srv/root".into(), None);
         let root = Top::Folder { path: "/srv/root".into(), read_only: false };
         let root = ShareSpec { top: root, ..ShareSpec::new() };
         let words = refused(&root, in_use()).to_string();

@@ -299,7 +299,7 @@ pub fn is_mounted(mountpoint: &Path) -> bool {
 /// answer any more.
 pub fn resolve(mountpoint: &Path) -> io::Result<PathBuf> {
     let full = std::path::absolute(mountpoint)?;
-    let (Some(parent), Some(name)) = (full.parent(), full.file_name()) else { return Ok(full) };
+    let (Some(parent), Some(name)) = (full.parent(), full.file_name()) else { return fs::canonicalize(full) };
     let place = fs::canonicalize(parent)?.join(name);
     match fs::read_link(&place) {
         Ok(_) => fs::canonicalize(&place),
@@ -345,5 +345,6 @@ mod tests {
         std::os::unix::fs::symlink(&real, dir.path().join("link")).unwrap();
         assert_eq!(resolve(&dir.path().join("link/mnt")).unwrap(), real.join("mnt"));
         assert_eq!(resolve(&dir.path().join("link")).unwrap(), real);
+        assert_eq!(resolve(&dir.path().join("link/mnt/..")).unwrap(), real);
     }
 }
