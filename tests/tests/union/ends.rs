@@ -124,6 +124,9 @@ fn changes_that_could_not_be_written_in_the_end_are_listed_until_somebody_clears
     signal(qemu, Signal::SIGSTOP);
     place.vmctr(&["umount", "-l", &place.at("mnt").to_string_lossy()]).ok();
     eventually("it is writing", PATIENCE, || place.list()[0]["state"] == "changing");
+    let device = Path::new(place.list()[0]["log"].as_str().expect("a path")).with_file_name("device");
+    let is_gone = || fs::read_to_string(&device).is_ok_and(|device| device == "gone");
+    eventually("its number is not taken for it any more", PATIENCE, is_gone);
     signal(fsd, Signal::SIGKILL);
     eventually("the process ends", PATIENCE, || place.list()[0]["state"] == "dead");
     let left = place.list();

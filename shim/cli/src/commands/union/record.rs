@@ -5,7 +5,8 @@
 //!     meta.json        the background process; a union's VM and share daemon
 //!     mount.json       what is mounted
 //!     relay.json       what its relay has done so far
-//!     device           of its file system, as the kernel's table has it; not there before it is mounted
+//!     device           of its file system, as the kernel's table has it; not there before it is mounted, and `gone`
+//!                      when nobody uses it any more: then the kernel gives the number to another file system
 //!     log              what the background process has to say
 //!     lost             why the mount fails, or what was lost with it; stays when that is to be known
 //! ```
@@ -33,6 +34,7 @@ const LOG: &str = "log";
 const LOST: &str = "lost";
 const RELAY: &str = "relay.json";
 const DEVICE: &str = "device";
+const GONE: &str = "gone";
 
 /// Of what the background process notes.
 const MAX_NOTE: usize = 4096;
@@ -190,6 +192,11 @@ pub fn write_device(dir: &Path, mountpoint: &Path) -> io::Result<()> {
         Some(line) => write_whole(&dir.join(DEVICE), line.device.as_bytes()),
         None => Ok(()),
     }
+}
+
+/// Writes down that its file system is gone.
+pub fn write_gone(dir: &Path) -> io::Result<()> {
+    write_whole(&dir.join(DEVICE), GONE.as_bytes())
 }
 
 /// Writes down what went wrong.

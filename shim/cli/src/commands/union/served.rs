@@ -59,6 +59,11 @@ impl Served {
                 }
             }
         }
+        if self.export.is_gone()
+            && let Err(error) = record::write_gone(self.run_dir.path())
+        {
+            warn!("Cannot write down that the mount is gone: {error}");
+        }
         // What failed since the last look may have done so after the unmount, when nobody could see it: not counted.
         lost
     }

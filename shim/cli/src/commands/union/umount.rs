@@ -153,17 +153,21 @@ impl<'a> Watch<'a> {
     /// Whoever has used it for some time.
     fn look(&mut self, config: &Config, place: &Path) -> Result<Option<User>, RunDirError> {
         let Some(device) = self.device.filter(|_| self.last.elapsed() > LOOK) else { return Ok(None) };
-        // The number is another's as soon as this file system is gone.
-        let is_others = |mount: &Mount| {
-            mount.mountpoint != place && mount.device.as_deref() == Some(device) && mount.is_mounted()
-        };
-        let is_gone = record::list(&config.run_dir)?.iter().any(is_others);
+        let is_gone = is_gone(&record::list(&config.run_dir)?, place, device);
         let user = if is_gone { None } else { users::find(device) };
         self.last = Instant::now();
         self.found_since = user.is_some().then(|| self.found_since.unwrap_or(self.last));
         let long = self.found_since.is_some_and(|since| since.elapsed() > USED_LIMIT);
         Ok(user.filter(|_| long))
     }
+}
+
+/// Whether the file system is known to be gone: its number is another's from then on.
+fn is_gone(mounts: &[Mount], place: &Path, device: &str) -> bool {
+    mounts.iter().any(|mount| {
+        let has_it = mount.device.as_deref() == Some(device);
+        if mount.mountpoint == place { !has_it } else { has_it && mount.is_mounted() }
+    })
 }
 
 /// Removes what a process has left; what it has noted.
@@ -181,6 +185,18 @@ fn clear_up(config: &Config, place: &Path) -> anyhow::Result<Option<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_uses_another_file_system_of_the_same_number_is_not_blamed() {
+        let root = tempfile::tempdir().unwrap();
+        let place = Path::new("/mnt/x");
+        let dir = record::claim(root.path(), place).unwrap();
+        let is_gone = || is_gone(&record::list(root.path()).unwrap(), place, "0:9999");
+        std::fs::write(dir.path().join("device"), "0:9999").unwrap();
+        assert!(!is_gone());
+        record::write_gone(dir.path()).unwrap();
+        assert!(is_gone());
+    }
 
     #[test]
     fn what_is_not_mounted_yet_is_not_waited_for() {
