@@ -9,6 +9,7 @@ use vmctr_vmm::config::Config;
 use vmctr_vmm::run_dir::RunDir;
 
 use super::session::{SessionError, SessionPlan};
+use super::work_dir::WorkDir;
 
 /// Its run directory. Others may clear up at that moment, which blocks.
 pub(super) async fn run_dir(config: &Config, plan: &SessionPlan) -> Result<RunDir, SessionError> {
@@ -17,12 +18,14 @@ pub(super) async fn run_dir(config: &Config, plan: &SessionPlan) -> Result<RunDi
     Ok(claimed.await.map_err(|error| SessionError::Blocking(error.into()))??)
 }
 
-/// The folders of its root. One may be in use for a moment, which blocks.
-pub(super) async fn folders(plan: &SessionPlan) -> Result<Locks, SessionError> {
+/// The folders of its root, and the work folder of its own. One may be in use for a moment, which blocks.
+pub(super) async fn folders(plan: &SessionPlan) -> Result<(Locks, Option<WorkDir>), SessionError> {
     let (share, own) = (plan.share.clone(), plan.work_dir.clone());
-    let locked =
-        spawn_blocking(move || Locks::take(&share, own.as_deref()).map_err(|error| refused(&share, error)));
-    locked.await.map_err(|error| SessionError::Blocking(error.into()))?
+    let claimed = spawn_blocking(move || {
+        let locks = Locks::take(&share, own.as_deref()).map_err(|error| refused(&share, error))?;
+        Ok((locks, own.as_deref().map(WorkDir::create).transpose()?))
+    });
+    claimed.await.map_err(|error| SessionError::Blocking(error.into()))?
 }
 
 fn refused(share: &ShareSpec, error: LockError) -> SessionError {

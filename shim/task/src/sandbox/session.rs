@@ -149,8 +149,7 @@ impl Session {
         warm: Option<Warm>,
     ) -> Result<Self, SessionError> {
         let mut steps = Steps::begin();
-        let locks = claim::folders(&plan).await?;
-        let work_dir = plan.work_dir.as_deref().map(WorkDir::create).transpose()?;
+        let (locks, work_dir) = claim::folders(&plan).await?;
         let (assets, qemu) = find(config).await?;
         let resolution = accel::resolve(config, &assets, &qemu).await?;
         info!(accelerator = %resolution.accelerator, reason = resolution.reason, "Accelerator chosen");

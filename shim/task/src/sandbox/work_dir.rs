@@ -5,13 +5,19 @@
 //! refuses the second. This one keeps a clean-up, and a union that is told to use the folder, away from it. A killed
 //! shim's lock goes with its process; the folder then goes with the clean-up or the next use.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, Metadata};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
+
+/// A clean-up has little to remove.
+const PATIENCE: Duration = Duration::from_secs(3);
+const POLL: Duration = Duration::from_millis(10);
 
 /// The folder, locked. Dropping it removes it.
 #[derive(Debug)]
@@ -38,23 +44,28 @@ pub enum WorkDirError {
 }
 
 impl WorkDir {
-    /// Makes the folder anew and locks it.
+    /// Makes the folder anew and locks it. Blocks for a while where what a killed shim left is just being removed.
     pub fn create(path: &Path) -> Result<Self, WorkDirError> {
+        Self::create_within(PATIENCE, path)
+    }
+
+    fn create_within(patience: Duration, path: &Path) -> Result<Self, WorkDirError> {
         let failed = |source| WorkDirError::Io { path: path.to_owned(), source };
-        DirBuilder::new().mode(0o700).recursive(true).create(path).map_err(failed)?;
-        let lock = File::open(path).map_err(failed)?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => return Err(WorkDirError::InUse(path.to_owned())),
-            Err(error) => return Err(failed(error.into())),
-        }
+        let until = Instant::now() + patience;
+        let lock = loop {
+            match try_lock(path).map_err(failed)? {
+                Some(lock) => break lock,
+                None if Instant::now() < until => sleep(POLL),
+                None => return Err(WorkDirError::InUse(path.to_owned())),
+            }
+        };
         empty(path).map_err(failed)?;
         Ok(Self { path: path.to_owned(), _lock: lock })
     }
 
     /// Removes what a killed shim left, unless another container uses it by now.
     pub fn remove_stale(path: &Path) -> Result<(), WorkDirError> {
-        if path.exists() { Self::create(path).map(drop) } else { Ok(()) }
+        if path.exists() { Self::create_within(Duration::ZERO, path).map(drop) } else { Ok(()) }
     }
 }
 
@@ -64,6 +75,25 @@ impl Drop for WorkDir {
             tracing::warn!("Cannot remove the work folder {}: {error}", self.path.display());
         }
     }
+}
+
+/// Makes the folder if it is missing, and locks it; none when somebody else has it, or has just removed it.
+fn try_lock(path: &Path) -> io::Result<Option<File>> {
+    DirBuilder::new().mode(0o700).recursive(true).create(path)?;
+    let lock = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        lock => lock?,
+    };
+    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => return Ok(None),
+        locked => locked?,
+    }
+    let is_there = same(&lock.metadata()?, fs::metadata(path));
+    Ok(is_there.then_some(lock))
+}
+
+fn same(one: &Metadata, other: io::Result<Metadata>) -> bool {
+    other.is_ok_and(|other| (one.dev(), one.ino()) == (other.dev(), other.ino()))
 }
 
 fn empty(path: &Path) -> io::Result<()> {
@@ -87,7 +117,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(".new.vmctr-work");
         let first = WorkDir::create(&path).unwrap();
-        assert!(matches!(WorkDir::create(&path), Err(WorkDirError::InUse(_))));
+        assert!(matches!(WorkDir::create_within(Duration::ZERO, &path), Err(WorkDirError::InUse(_))));
         drop(first);
         assert!(!path.exists());
     }
@@ -106,5 +136,20 @@ mod tests {
         WorkDir::remove_stale(&path).unwrap();
         assert!(!path.exists());
         WorkDir::remove_stale(&path).unwrap();
+    }
+
+    #[test]
+    fn a_clean_up_in_this_moment_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(".new.vmctr-work");
+        let stale = WorkDir::create(&path).unwrap();
+        std::thread::scope(|scope| {
+            let next = scope.spawn(|| WorkDir::create(&path));
+            sleep(5 * POLL);
+            drop(stale);
+            let next = next.join().unwrap().unwrap();
+            assert!(same(&next._lock.metadata().unwrap(), fs::metadata(&path)));
+        });
+        assert!(!path.exists());
     }
 }
