@@ -108,7 +108,10 @@ fn a_file_that_overlay_gives_another_number_stays_one_file() {
             let link = mounted.path("link1");
             let early = File::open(&link).unwrap();
             assert_eq!(text_of(&early), "linked");
+            assert_eq!(early.metadata().unwrap().nlink(), 2);
             change(&link).unwrap();
+            let names = if mounted.path("link3").exists() { 2 } else { 1 };
+            assert_eq!(early.metadata().unwrap().nlink(), names);
             fs::read_dir(&mounted.root).unwrap().for_each(drop);
             let again = File::open(&link).unwrap();
             assert_eq!(text_of(&again), "linked");

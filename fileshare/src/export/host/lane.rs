@@ -148,6 +148,9 @@ impl Lane {
                 note_bare(&shared, header.nodeid, before);
             }
         }
+        if changes && header.opcode == op::OPEN && shared.may_part(header.nodeid) {
+            self.device.forget_attributes(header.nodeid);
+        }
         put_open_flags(&shared, header.opcode, answer, hint);
         if let Some(name) = made(header.opcode, body) {
             let entry = &answer[OUT_HEADER..];

@@ -14,7 +14,7 @@ use super::known::Known;
 use super::lazy::Lazies;
 use super::listings::Listings;
 use super::question::{names_taken, u32_at, u64_at};
-use super::served::Served;
+use super::served::{Served, is_own};
 use super::shortcut::Shortcut;
 use super::through::Through;
 use super::upper::Upper;
@@ -253,6 +253,12 @@ impl Shared {
     pub(super) fn known_attr(&self, nodeid: u64) -> Option<Vec<u8>> {
         let attr = self.attrs.as_ref()?.get(nodeid, Instant::now())?;
         Some(self.remember.attr_out(&attr))
+    }
+
+    /// Whether a file that is opened to write may be parted from other names by its copy-up: then it has fewer, which
+    /// the kernel does not see. Those that the host serves have one.
+    pub(super) fn may_part(&self, nodeid: u64) -> bool {
+        !is_own(nodeid) && self.attrs.as_ref().is_some_and(|attrs| !attrs.has_one_name(nodeid))
     }
 
     /// If a request is for an fcntl lock, remembers that closing the file has to be told to the guest. To be noted
