@@ -159,6 +159,28 @@ fn a_lock_that_was_waited_for_goes_with_its_process_though_another_descriptor_wa
 }
 
 #[test]
+fn a_lock_of_an_open_file_goes_when_that_is_closed_for_good() {
+    on_mount(|mounted, _| {
+        let lock = range(libc::F_WRLCK, 0, 5);
+        let ours = open(&mounted.path("file"));
+        fcntl(&ours, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+        let copy = ours.try_clone().unwrap();
+        drop(ours);
+        let theirs = open(&mounted.path("file"));
+        let take = || fcntl(&theirs, FcntlArg::F_OFD_SETLK(&lock));
+        assert_eq!(take(), Err(nix::errno::Errno::EAGAIN), "the copy is open still");
+        drop(copy);
+        eventually("lock", || take().is_ok());
+        drop(open(&mounted.path("file")));
+        assert_eq!(
+            set(&open(&mounted.path("file")), libc::F_WRLCK, 0, 1),
+            Err(libc::EAGAIN),
+            "of another file"
+        );
+    });
+}
+
+#[test]
 fn a_signal_ends_the_waiting() {
     on_mount(|mounted, _| {
         let ours = open(&mounted.path("file"));

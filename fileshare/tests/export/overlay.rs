@@ -1,8 +1,9 @@
 //! An overlay behind the mount: what goes up, what stays below, what the upper folder holds afterwards.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirEntryExt, FileExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, XattrFlags};
@@ -107,13 +108,19 @@ fn a_file_that_overlay_gives_another_number_stays_one_file() {
             let link = mounted.path("link1");
             let early = File::open(&link).unwrap();
             assert_eq!(text_of(&early), "linked");
+            assert_eq!(early.metadata().unwrap().nlink(), 2);
             change(&link).unwrap();
+            let names = if mounted.path("link3").exists() { 2 } else { 1 };
+            assert_eq!(early.metadata().unwrap().nlink(), names);
             fs::read_dir(&mounted.root).unwrap().for_each(drop);
             let again = File::open(&link).unwrap();
             assert_eq!(text_of(&again), "linked");
             fs::OpenOptions::new().write(true).open(&link).unwrap().write_at(b"LINK", 0).unwrap();
             assert_eq!((text_of(&early), text_of(&again)), ("LINKed".to_owned(), "LINKed".to_owned()));
             assert_eq!(early.metadata().unwrap().ino(), again.metadata().unwrap().ino());
+            let mut listed = fs::read_dir(&mounted.root).unwrap().map(Result::unwrap);
+            let listed = listed.find(|entry| entry.file_name() == "link1").unwrap();
+            assert_eq!(listed.ino(), early.metadata().unwrap().ino());
             assert_eq!(fs::read(mounted.path("link2")).unwrap(), b"linked");
         });
     }
@@ -287,6 +294,33 @@ fn folders_of_ten_thousand_are_listed_whole() {
         }
         assert_eq!(list(), 5_000);
     });
+}
+
+#[test]
+fn a_listing_goes_on_where_it_was_though_names_went_and_another_began() {
+    on_overlay(|mounted, _| {
+        // Another test may have the kernel drop its caches just then.
+        assert!((0..5).any(|attempt| goes_on(mounted, attempt)), "names that the listing lacks");
+    });
+}
+
+/// Whether a reader of the root finds all that stays while files are removed.
+fn goes_on(mounted: &Mounted, attempt: usize) -> bool {
+    for at in 0..4000 {
+        File::create(mounted.path(&format!("file{attempt}-{at:05}"))).unwrap();
+    }
+    let names = || fs::read_dir(&mounted.root).unwrap().map(|entry| entry.unwrap().file_name());
+    let all: BTreeSet<_> = names().collect();
+    let mut reading = names();
+    let mut read: BTreeSet<_> = reading.by_ref().take(1).collect();
+    let gone = names().filter(|name| name.as_encoded_bytes().starts_with(b"file"));
+    let gone: BTreeSet<_> = gone.take(500).collect();
+    gone.iter().for_each(|name| fs::remove_file(mounted.root.join(name)).unwrap());
+    let left: BTreeSet<_> = &all - &gone;
+    assert_eq!(names().collect::<BTreeSet<_>>(), left);
+    read.extend(reading);
+    assert_eq!(names().collect::<BTreeSet<_>>(), left);
+    left.is_subset(&read)
 }
 
 #[test]

@@ -226,8 +226,10 @@ impl Server {
         (asked, open_flags): (OFlags, u32),
     ) -> rustix::io::Result<OwnedFd> {
         let changes = is_writable(asked) || asked.contains(OFlags::TRUNC);
-        let _renumbering = self.nodes.renumbering(changes.then(|| Arc::clone(node)));
-        let file = self.room.with(|| node.open(self.passed(asked)))?;
+        let file = self.room.with(|| {
+            let _renumbering = self.nodes.renumbering(changes.then(|| Arc::clone(node)));
+            node.open(self.passed(asked))
+        })?;
         if asked.contains(OFlags::TRUNC) {
             let _clearing = caller.clearing_set_ids(open_flags & flag::OPEN_KILL_SUIDGID != 0)?;
             rustix::fs::ftruncate(&file, 0)?;
@@ -323,4 +325,55 @@ fn has_no_capabilities(node: &Node) -> bool {
 
 pub(super) fn is_writable(flags: OFlags) -> bool {
     flags & OFlags::RWMODE != OFlags::RDONLY
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::sync::mpsc::channel;
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Leaves this thread no room for one more descriptor.
+    fn fill_descriptors() -> Vec<OwnedFd> {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES).unwrap();
+        let open = || rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).ok();
+        std::iter::from_fn(open).collect()
+    }
+
+    #[test]
+    fn who_waits_for_room_keeps_nobody_from_looking_for_nodes() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("one"), "").unwrap();
+        fs::hard_link(dir.path().join("one"), dir.path().join("other")).unwrap();
+        let server = Arc::new(Server::new(dir.path()).unwrap());
+        let root = server.nodes.find(crate::export::wire::abi::ROOT_ID).unwrap();
+        let (file, _) = server.look(&root, c"one").unwrap();
+        let ((ready, full), (making, made), (looking, looked)) = (channel(), channel(), channel());
+        let (id, opens) = (file.id, Arc::clone(&server));
+        thread::spawn(move || {
+            let _full = fill_descriptors();
+            ready.send(()).unwrap();
+            made.recv().unwrap();
+            let how = (OFlags::RDWR, 0);
+            drop(opens.open_file(&Caller::default(), &file, how));
+        });
+        full.recv().unwrap();
+        thread::spawn(move || {
+            let mut tries = 0;
+            let look = || {
+                tries += 1;
+                if tries == 1 {
+                    return Err(Errno::MFILE);
+                }
+                making.send(()).unwrap();
+                thread::sleep(Duration::from_millis(200));
+                server.look_once(&root, c"other")
+            };
+            looking.send(server.room.with(look).map(|(node, _)| node.id)).unwrap();
+        });
+        assert_eq!(looked.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(id));
+    }
 }

@@ -124,6 +124,7 @@ impl Server {
         if answer.body_len() + length > limit {
             return false;
         }
+        let mut ino = entry.ino();
         if let Some(hints) = plus {
             let dots = matches!(name.to_bytes(), b"." | b"..");
             // What is gone by now, or cannot be looked at, is listed without its node: the host will ask.
@@ -132,11 +133,15 @@ impl Server {
                 layers.push(found.as_ref().map_or(0, |(_, attr)| parts.layer(name, attr)));
             }
             match found {
-                Some((node, attr)) => answer.entry(node.id, attr),
+                Some((node, attr)) => {
+                    answer.entry(node.id, attr);
+                    // As stat(2) tells it, which stays when a copy-up gives the file another.
+                    ino = attr.ino;
+                }
                 None => answer.entry(0, Attr::default()),
             }
         }
-        put_entry(entry, answer);
+        put_entry(entry, ino, answer);
         true
     }
 }
@@ -161,9 +166,9 @@ fn seek(file: &OwnedFd, position: &mut MutexGuard<'_, u64>, to: u64) -> rustix::
     Ok(())
 }
 
-fn put_entry(entry: &RawDirEntry<'_>, answer: &mut Answer) {
+fn put_entry(entry: &RawDirEntry<'_>, ino: u64, answer: &mut Answer) {
     let name = entry.file_name().to_bytes();
-    answer.u64(entry.ino()).u64(entry.next_entry_cookie());
+    answer.u64(ino).u64(entry.next_entry_cookie());
     answer.u32(name.len() as u32).u32(type_number(entry.file_type()));
     answer.bytes(name);
     let padding = dirent_len(name.len()) - crate::export::wire::abi::DIRENT - name.len();

@@ -120,6 +120,7 @@ fn only_looks(opcode: u32) -> bool {
             | op::GETLK
             | op::SETLK
             | op::INTERRUPT
+            | op::SIGN
     )
 }
 
@@ -137,6 +138,7 @@ mod tests {
         let gate = Gate::default();
         gate.shut(LATE).unwrap();
         assert!(gate.enter(op::READ).unwrap().is_none());
+        assert!(gate.enter(op::SIGN).unwrap().is_none(), "who stands still is alive");
         assert_eq!(gate.enter_within(SOON).unwrap_err(), Errno::BUSY);
         thread::scope(|scope| {
             let waiting = scope.spawn(|| gate.enter_within(LATE).is_ok());

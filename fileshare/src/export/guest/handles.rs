@@ -4,10 +4,10 @@
 //!
 //! A file that is lent to the host is open here only when something has to be done here after all.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use rustix::fs::OFlags;
 use rustix::io::{Errno, Result};
@@ -29,19 +29,29 @@ pub(super) struct Handle {
     pub(super) writable: bool,
     /// Where the folder's next entry is read; held while reading.
     pub(super) position: Mutex<u64>,
+    /// Whose fcntl locks were asked for through it.
+    owners: Mutex<HashSet<u64>>,
 }
 
 impl Handle {
     pub(super) fn new(node: Arc<Node>, file: OwnedFd, writable: bool) -> Self {
         let (file, flags) = (OnceLock::from(file), OFlags::empty());
-        Self { node, file, flags, lent: false, writable, position: Mutex::new(0) }
+        Self { node, file, flags, lent: false, writable, position: Mutex::new(0), owners: Mutex::default() }
     }
 
     /// Of a file that is lent to be written to, open or to be opened with `flags`.
     pub(super) fn lent(node: Arc<Node>, file: Option<OwnedFd>, flags: OFlags) -> Self {
         node.lent.lend();
         let file = file.map(OnceLock::from).unwrap_or_default();
-        Self { node, file, flags, lent: true, writable: true, position: Mutex::new(0) }
+        Self {
+            node,
+            file,
+            flags,
+            lent: true,
+            writable: true,
+            position: Mutex::new(0),
+            owners: Mutex::default(),
+        }
     }
 
     /// The open file, of which this kernel remembers nothing that the host has changed.
@@ -61,6 +71,11 @@ impl Handle {
         forget_contents(&file)?;
         // Two at once: one of theirs is closed again.
         Ok(self.file.get_or_init(|| file))
+    }
+
+    /// Those who asked for fcntl locks through it.
+    pub(super) fn owners(&self) -> MutexGuard<'_, HashSet<u64>> {
+        self.owners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The host has closed it.

@@ -3,6 +3,7 @@
 //! ```text
 //!   flock    on the handle's own open file: it belongs to that, wherever it is inherited
 //!   fcntl    on an open file per (node, owner) that exists for nothing else; closing it drops all the owner's locks
+//!            the owner is a process, which says when it closes the file, or an open file, which is released
 //! ```
 //!
 //! Both are locks of the guest's kernel, so they hold against processes in the guest too. The second kind are
@@ -57,6 +58,8 @@ struct Held {
     /// What is locked through a file that is open for reading only, to be locked again through another.
     shared: Ranges,
     pid: u32,
+    /// Through which open file of the host's it was last asked for.
+    handle: u64,
 }
 
 /// Sets of bytes, both ends included.
@@ -125,6 +128,9 @@ impl Server {
             flock(handle.file_to_lock(&self.room)?, wish)?;
         } else {
             self.locks.owner(wish, &handle)?.set(wish, &handle)?;
+            // Who closed it meanwhile has not seen this lock.
+            let open = self.handles.find(wish.handle, wish.node);
+            open.inspect_err(|_| self.locks.drop_owner(wish.node, wish.owner))?;
         }
         if wish.is_unlock() {
             self.waits.something_changed();
@@ -137,7 +143,7 @@ impl Server {
         let (handle, _) = (request.body.u64()?, request.body.u64()?);
         let owner = request.body.u64()?;
         request.body.end()?;
-        self.handles.find(handle, request.header.nodeid)?;
+        self.handles.find(handle, request.header.nodeid)?.owners().remove(&owner);
         self.locks.drop_owner(request.header.nodeid, owner);
         self.waits.something_changed();
         Ok(())
@@ -155,17 +161,33 @@ fn flock(file: &OwnedFd, wish: &Wish) -> rustix::io::Result<()> {
 
 impl Locks {
     fn owner(&self, wish: &Wish, handle: &Handle) -> rustix::io::Result<Arc<Owner>> {
+        handle.owners().insert(wish.owner);
         let mut owners = lock_guard(&self.0);
         if let Some(owner) = owners.get(&(wish.node, wish.owner)) {
             return Ok(Arc::clone(owner));
         }
-        let owner = Arc::new(Owner { held: Mutex::new(Held::open(handle)?) });
+        let owner = Arc::new(Owner { held: Mutex::new(Held { handle: wish.handle, ..Held::open(handle)? }) });
         owners.insert((wish.node, wish.owner), Arc::clone(&owner));
         Ok(owner)
     }
 
     fn drop_owner(&self, node: u64, owner: u64) {
         let gone = lock_guard(&self.0).remove(&(node, owner));
+        drop(gone);
+    }
+
+    /// The host closed a file for good. A process drops its locks before; those that belong to the open file itself
+    /// (`F_OFD_SETLK`) go now, and of nobody else can there be any that were last asked for through it.
+    pub(super) fn close(&self, id: u64, closed: &Handle) {
+        let mut owners = lock_guard(&self.0);
+        let mut gone = Vec::new();
+        for owner in closed.owners().iter() {
+            let key = (closed.node.id, *owner);
+            if owners.get(&key).is_some_and(|owner| lock_guard(&owner.held).handle == id) {
+                gone.extend(owners.remove(&key));
+            }
+        }
+        drop(owners);
         drop(gone);
     }
 
@@ -187,6 +209,7 @@ impl Locks {
 impl Owner {
     fn set(&self, wish: &Wish, handle: &Handle) -> rustix::io::Result<()> {
         let mut held = lock_guard(&self.held);
+        held.handle = wish.handle;
         if handle.writable && !held.writable {
             held.make_writable(handle)?;
         }
@@ -204,7 +227,7 @@ impl Held {
     fn open(handle: &Handle) -> rustix::io::Result<Self> {
         let flags = if handle.writable { OFlags::RDWR } else { OFlags::RDONLY };
         let file = handle.node.open(flags)?;
-        Ok(Self { file, writable: handle.writable, shared: Ranges::default(), pid: 0 })
+        Ok(Self { file, writable: handle.writable, shared: Ranges::default(), pid: 0, handle: 0 })
     }
 
     /// Moves the locks to a file that can take exclusive ones too. All so far are shared, so both files can hold
@@ -217,7 +240,7 @@ impl Held {
             let wish = Wish { handle: 0, node: 0, owner: 0, start, end, kind, pid: 0, flock: false };
             fcntl(&next.file, FcntlArg::F_OFD_SETLK(&wish.to_kernel())).map_err(from_nix)?;
         }
-        *self = Self { pid: self.pid, ..next };
+        *self = Self { pid: self.pid, handle: self.handle, ..next };
         Ok(())
     }
 }

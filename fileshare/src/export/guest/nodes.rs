@@ -77,7 +77,8 @@ pub(super) struct Nodes {
     table: RwLock<Table>,
     /// Held shared from when a file's number is read until its node is found.
     numbers: RwLock<()>,
-    twins: OwnedFd,
+    /// For one at a time: whoever looks takes the other's watch away.
+    twins: Mutex<OwnedFd>,
     /// Counts the times that a file was looked at before it was forgotten.
     refreshed: AtomicU64,
 }
@@ -155,7 +156,7 @@ impl Nodes {
         Ok(Self {
             table: RwLock::new(table),
             numbers: RwLock::default(),
-            twins: inotify::init(CreateFlags::CLOEXEC)?,
+            twins: Mutex::new(inotify::init(CreateFlags::CLOEXEC)?),
             refreshed: AtomicU64::new(0),
         })
     }
@@ -164,7 +165,8 @@ impl Nodes {
         self.read().by_id.get(&id).map(|known| Arc::clone(&known.node)).ok_or(Errno::STALE)
     }
 
-    /// To be held by who changes these files, if that may give one of them another number.
+    /// To be held by who changes these files, if that may give one of them another number. Whoever holds it waits for
+    /// nobody who makes room, for that one may be looking for a node.
     pub(super) fn renumbering(&self, files: impl IntoIterator<Item = Arc<Node>>) -> Option<Renumbering<'_>> {
         let files: Vec<_> = files.into_iter().filter(|node| node.several).collect();
         if files.is_empty() {
@@ -235,12 +237,13 @@ impl Nodes {
 
     /// Whether two descriptors with one inode number are one inode: then a watch on either is the same watch.
     fn same(&self, node: &Node, file: &OwnedFd) -> Result<bool> {
-        let watch = |path: String| inotify::add_watch(&self.twins, path, QUIET);
+        let twins = self.twins.lock().unwrap_or_else(PoisonError::into_inner);
+        let watch = |path: String| inotify::add_watch(&*twins, path, QUIET);
         let one = watch(magic(node))?;
         let other = watch(magic(file));
         for wd in [Some(one), other.ok()].into_iter().flatten() {
             // The second removal finds nothing when the watches were one.
-            let _ = inotify::remove_watch(&self.twins, wd);
+            let _ = inotify::remove_watch(&*twins, wd);
         }
         Ok(one == other?)
     }
@@ -375,6 +378,21 @@ mod tests {
         nodes.forget(first.id, 1);
         assert_eq!(nodes.find(first.id).unwrap_err(), Errno::STALE);
         assert_ne!(admit().id, first.id, "a node ID was used again");
+    }
+
+    #[test]
+    fn one_of_several_is_found_by_many_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("one"), "").unwrap();
+        fs::hard_link(dir.path().join("one"), dir.path().join("other")).unwrap();
+        let nodes = Nodes::new(path_only(dir.path())).unwrap();
+        let (file, _) = nodes.admit(path_only(&dir.path().join("one"))).unwrap();
+        let root = nodes.find(ROOT_ID).unwrap();
+        let find = || {
+            let found = (0..2000).map(|_| nodes.one_of_several(&root, c"other"));
+            assert!(found.into_iter().all(|found| found.is_some_and(|found| found.id == file.id)));
+        };
+        std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(find))));
     }
 
     #[test]

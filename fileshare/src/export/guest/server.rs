@@ -323,6 +323,7 @@ impl Server {
         let closed = self.handles.remove(handle, request.header.nodeid);
         if let Some(closed) = closed {
             closed.closed();
+            self.locks.close(handle, &closed);
             drop(closed);
             self.waits.something_changed();
         }

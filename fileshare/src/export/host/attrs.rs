@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 use super::clock::Clock;
 use super::question::u64_at;
 use super::shared::lock;
-use crate::export::wire::abi::{ATTR, op};
+use crate::export::wire::abi::{ATTR, Attr, op};
+use crate::export::wire::codec::Take;
 
 /// How late a time of access may be.
 const OLDEST: Duration = Duration::from_secs(60);
@@ -79,6 +80,12 @@ impl Attrs {
             known.clear();
         }
         known.insert(nodeid, Known { attr, then, at: now });
+    }
+
+    /// Whether a file is known to have had one name only.
+    pub(super) fn has_one_name(&self, nodeid: u64) -> bool {
+        let attr = lock(&self.known).get(&nodeid).map(|one| one.attr);
+        attr.is_some_and(|attr| Attr::take(&mut Take::new(&attr)).is_ok_and(|attr| attr.nlink == 1))
     }
 
     /// What is known, if nothing changed since.

@@ -21,7 +21,7 @@ use super::shared::Shared;
 use super::talk::{Errno, Talk, message};
 use crate::export::wire::abi::{
     ATTR, CAPABILITIES, ENTRY_OUT, IN_HEADER, InHeader, MAX_MESSAGE, NAME_MAX, NO_CAPABILITIES, NODEID,
-    OPEN_OUT, OUT_HEADER, folders_after, op,
+    OPEN_OUT, OUT_HEADER, flag, folders_after, op,
 };
 use crate::export::wire::codec::{Put, Take};
 
@@ -94,7 +94,7 @@ impl Lane {
             op::OPEN if !opens_to_write(u32_at(&message[IN_HEADER..], 0)) => {
                 return self.open_to_read(&header);
             }
-            op::OPENDIR => return self.open_here(&header, self.folder_flags(header.nodeid)),
+            op::OPENDIR => return self.open_folder(&header),
             op::RELEASE | op::RELEASEDIR => self.release(message),
             op::FLUSH if !self.has_locks(&header, message) => Ok(()),
             op::SETLKW => return self.wait(&header, message),
@@ -147,6 +147,9 @@ impl Lane {
             if shared.upper.is_bare(header.nodeid) {
                 note_bare(&shared, header.nodeid, before);
             }
+        }
+        if changes && header.opcode == op::OPEN && shared.may_part(header.nodeid) {
+            self.device.forget_attributes(header.nodeid);
         }
         put_open_flags(&shared, header.opcode, answer, hint);
         if let Some(name) = made(header.opcode, body) {
@@ -225,10 +228,16 @@ impl Lane {
         self.talk.forget_counted(forgotten.into_iter());
     }
 
-    /// The kernel keeps no listing of a folder that was the host's to list: it would not know whose offsets it has.
-    fn folder_flags(&self, folder: u64) -> u32 {
+    fn open_folder(&self, header: &InHeader) {
         let shared = &self.talk.shared;
-        if shared.served.is_moved(folder) { 0 } else { shared.flags.folder }
+        let may_list = shared.listings.opened(header.nodeid);
+        let flags = match () {
+            // The kernel keeps no listing of a folder that was the host's to list: it would not know whose offsets it has.
+            () if shared.served.is_moved(header.nodeid) => 0,
+            () if may_list => shared.flags.folder,
+            () => shared.flags.folder & !flag::FOPEN_CACHE_DIR,
+        };
+        self.open_here(header, flags);
     }
 
     pub(super) fn open_here(&self, header: &InHeader, flags: u32) {
@@ -248,6 +257,9 @@ impl Lane {
         shared.upper.release(u64_at(message, NODEID), handle);
         if let Some(through) = shared.through.as_ref().filter(|_| u32_at(message, 4) == op::RELEASE) {
             through.release(&self.device, u64_at(message, NODEID));
+        }
+        if u32_at(message, 4) == op::RELEASEDIR {
+            shared.listings.closed(u64_at(message, NODEID));
         }
         let mut guest = Some(handle);
         if let Some(lazy) = shared.lazies.remove(handle) {

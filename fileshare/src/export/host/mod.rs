@@ -32,6 +32,7 @@ mod lane;
 mod layers;
 mod lazy;
 mod lent;
+mod listings;
 mod mount;
 mod own;
 mod pipe;

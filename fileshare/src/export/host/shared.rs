@@ -12,8 +12,9 @@ use super::evict::Told;
 use super::export::Streams;
 use super::known::Known;
 use super::lazy::Lazies;
+use super::listings::Listings;
 use super::question::{names_taken, u32_at, u64_at};
-use super::served::Served;
+use super::served::{Served, is_own};
 use super::shortcut::Shortcut;
 use super::through::Through;
 use super::upper::Upper;
@@ -35,6 +36,7 @@ pub(super) struct Shared {
     pub(super) most_entries: u64,
     pub(super) patience: Duration,
     pub(super) lazies: Lazies,
+    pub(super) listings: Listings,
     /// Only where nobody else changes files.
     pub(super) attrs: Option<Attrs>,
     /// The same.
@@ -109,6 +111,7 @@ impl Shared {
             most_entries: config.most_entries,
             patience: config.patience,
             lazies: Lazies::default(),
+            listings: Listings::default(),
             attrs: (config.cache == Cache::Alone).then(Attrs::default),
             known: (config.cache == Cache::Alone).then(Known::default),
             turns: Turns::default(),
@@ -203,6 +206,7 @@ impl Shared {
     /// then, and more.
     pub(super) fn note(&self, header: &InHeader, body: &[u8]) {
         self.changes.fetch_add(1, Ordering::AcqRel);
+        self.note_names(header, body);
         self.note_served(header, body);
         self.shortcut.note(header.opcode, header.nodeid, body);
         if let Some(attrs) = &self.attrs {
@@ -210,6 +214,12 @@ impl Shared {
         }
         if let Some(known) = &self.known {
             known.about_to(header.opcode, header.nodeid, body);
+        }
+    }
+
+    fn note_names(&self, header: &InHeader, body: &[u8]) {
+        for (folder, _) in names_taken(header, body).into_iter().flatten() {
+            self.listings.note(folder);
         }
     }
 
@@ -243,6 +253,12 @@ impl Shared {
     pub(super) fn known_attr(&self, nodeid: u64) -> Option<Vec<u8>> {
         let attr = self.attrs.as_ref()?.get(nodeid, Instant::now())?;
         Some(self.remember.attr_out(&attr))
+    }
+
+    /// Whether a file that is opened to write may be parted from other names by its copy-up: then it has fewer, which
+    /// the kernel does not see. Those that the host serves have one.
+    pub(super) fn may_part(&self, nodeid: u64) -> bool {
+        !is_own(nodeid) && self.attrs.as_ref().is_some_and(|attrs| !attrs.has_one_name(nodeid))
     }
 
     /// If a request is for an fcntl lock, remembers that closing the file has to be told to the guest. To be noted
