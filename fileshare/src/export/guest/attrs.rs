@@ -70,10 +70,6 @@ impl Server {
         let change = Change::take(&mut request.body)?;
         request.body.end()?;
         let node = self.nodes.find(request.header.nodeid)?;
-        if change.has(flag::FATTR_SIZE) && change.has(flag::FATTR_FH) {
-            // Now: nobody may wait for room while nobody looks for nodes.
-            self.handles.find(change.handle, node.id)?.file_to_lock(&self.room)?;
-        }
         let _renumbering = self.nodes.renumbering([Arc::clone(&node)]);
         if change.has(flag::FATTR_MODE) {
             rustix::fs::chmodat(

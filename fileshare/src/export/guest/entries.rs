@@ -226,10 +226,8 @@ impl Server {
         (asked, open_flags): (OFlags, u32),
     ) -> rustix::io::Result<OwnedFd> {
         let changes = is_writable(asked) || asked.contains(OFlags::TRUNC);
-        let file = self.room.with(|| {
-            let _renumbering = self.nodes.renumbering(changes.then(|| Arc::clone(node)));
-            node.open(self.passed(asked))
-        })?;
+        let _renumbering = self.nodes.renumbering(changes.then(|| Arc::clone(node)));
+        let file = self.room.with(|| node.open(self.passed(asked)))?;
         if asked.contains(OFlags::TRUNC) {
             let _clearing = caller.clearing_set_ids(open_flags & flag::OPEN_KILL_SUIDGID != 0)?;
             rustix::fs::ftruncate(&file, 0)?;

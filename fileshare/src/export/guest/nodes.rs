@@ -11,7 +11,8 @@
 //! 3. One file has one node, or else the host would cache it twice. Overlay can show two files under one inode
 //!    number (hard links in a lower layer, which a copy-up separates), so where names are several, numbers are
 //!    not believed: inotify tells whether two descriptors are one inode. And a copy-up that separates a file from
-//!    its other names gives it another number: then the node is found under both, and nobody looks in between.
+//!    its other names gives it another number: while that may happen the node is found by its inode, and then under
+//!    both numbers. A copy-up can take minutes: nobody waits for it to look for a node.
 
 use std::collections::HashMap;
 use std::ffi::CStr;
@@ -68,6 +69,8 @@ struct Known {
 struct Table {
     by_id: HashMap<u64, Known>,
     by_key: HashMap<Key, Vec<u64>>,
+    /// What may have got another number by now; as often as somebody changes it.
+    parting: Vec<u64>,
     last: u64,
 }
 
@@ -75,20 +78,17 @@ struct Table {
 #[derive(Debug)]
 pub(super) struct Nodes {
     table: RwLock<Table>,
-    /// Held shared from when a file's number is read until its node is found.
-    numbers: RwLock<()>,
     /// For one at a time: whoever looks takes the other's watch away.
     twins: Mutex<OwnedFd>,
     /// Counts the times that a file was looked at before it was forgotten.
     refreshed: AtomicU64,
 }
 
-/// While it lives, files may get other numbers, and nobody looks for nodes.
+/// While it lives, files may get other numbers. When it ends they are found by what they have got.
 #[must_use]
 pub(super) struct Renumbering<'a> {
     nodes: &'a Nodes,
     files: Vec<Arc<Node>>,
-    _alone: RwLockWriteGuard<'a, ()>,
 }
 
 impl Drop for Renumbering<'_> {
@@ -155,7 +155,6 @@ impl Nodes {
         table.insert(root, &st);
         Ok(Self {
             table: RwLock::new(table),
-            numbers: RwLock::default(),
             twins: Mutex::new(inotify::init(CreateFlags::CLOEXEC)?),
             refreshed: AtomicU64::new(0),
         })
@@ -165,22 +164,23 @@ impl Nodes {
         self.read().by_id.get(&id).map(|known| Arc::clone(&known.node)).ok_or(Errno::STALE)
     }
 
-    /// To be held by who changes these files, if that may give one of them another number. Whoever holds it waits for
-    /// nobody who makes room, for that one may be looking for a node.
-    pub(super) fn renumbering(&self, files: impl IntoIterator<Item = Arc<Node>>) -> Option<Renumbering<'_>> {
+    /// To be held by who changes these files, if that may give one of them another number.
+    pub(super) fn renumbering(&self, files: impl IntoIterator<Item = Arc<Node>>) -> Renumbering<'_> {
         let files: Vec<_> = files.into_iter().filter(|node| node.several).collect();
-        if files.is_empty() {
-            return None;
+        if !files.is_empty() {
+            self.write().parting.extend(files.iter().map(|node| node.id));
         }
-        let _alone = self.numbers.write().unwrap_or_else(PoisonError::into_inner);
-        Some(Renumbering { nodes: self, files, _alone })
+        Renumbering { nodes: self, files }
     }
 
     fn renumber(&self, node: &Node) {
         // If it fails, so did the change, or the next look at the file will.
-        let Ok(st) = stat(node) else { return };
-        if Key::of(&st) != node.key {
-            self.write().renumber(node.id, Key::of(&st));
+        let key = stat(node).map_or(node.key, |st| Key::of(&st));
+        let mut table = self.write();
+        // At once, so that whoever looks finds it in one way or the other.
+        table.parted(node.id);
+        if key != node.key {
+            table.renumber(node.id, key);
         }
     }
 
@@ -202,10 +202,8 @@ impl Nodes {
     /// The node of a file that the host is about to be told of, and its attributes.
     pub(super) fn admit(&self, file: OwnedFd) -> Result<(Arc<Node>, Attr)> {
         let refreshed = self.refreshed.load(Ordering::Acquire);
-        let numbers = self.numbers.read().unwrap_or_else(PoisonError::into_inner);
         let st = stat(&file)?;
         let node = self.admit_stat(file, &st)?;
-        drop(numbers);
         // What was lent may have been looked at and forgotten since.
         let changed = self.refreshed.load(Ordering::Acquire) != refreshed;
         let told = if changed || node.lent.ever() { node.attr() } else { Ok(attr(&st, node.ino)) };
@@ -221,11 +219,12 @@ impl Nodes {
     }
 
     fn known(&self, table: &Table, file: &OwnedFd, st: &Statx) -> Result<Option<u64>> {
-        let Some(candidates) = table.by_key.get(&Key::of(st)) else { return Ok(None) };
-        if st.stx_nlink < 2 || kind(st) == libc::S_IFDIR {
+        let candidates = table.by_key.get(&Key::of(st)).map_or(&[][..], Vec::as_slice);
+        let is_folder = kind(st) == libc::S_IFDIR;
+        if is_folder || (st.stx_nlink < 2 && !candidates.is_empty()) {
             return Ok(candidates.first().copied());
         }
-        for id in candidates {
+        for id in candidates.iter().chain(&table.parting) {
             if let Some(known) = table.by_id.get(id)
                 && self.same(&known.node, file)?
             {
@@ -312,6 +311,12 @@ impl Table {
         Some(Arc::clone(&known.node))
     }
 
+    fn parted(&mut self, id: u64) {
+        if let Some(place) = self.parting.iter().position(|other| *other == id) {
+            self.parting.swap_remove(place);
+        }
+    }
+
     /// A file is copied up once: it has two numbers at most.
     fn renumber(&mut self, id: u64, key: Key) {
         let Some(known) = self.by_id.get_mut(&id).filter(|known| known.renumbered.is_none()) else { return };
@@ -393,6 +398,52 @@ mod tests {
             assert!(found.into_iter().all(|found| found.is_some_and(|found| found.id == file.id)));
         };
         std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(find))));
+    }
+
+    /// An overlay over `dir`, for this thread and those that it starts.
+    fn overlay(dir: &std::path::Path) -> OwnedFd {
+        use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+        let at = |name: &str| dir.join(name).display().to_string();
+        let options =
+            format!("lowerdir={},upperdir={},workdir={},index=off", at("low"), at("up"), at("work"));
+        let options = std::ffi::CString::new(options).unwrap();
+        let merged = dir.join("merged");
+        mount("overlay", &merged, "overlay", MountFlags::empty(), Some(options.as_c_str())).unwrap();
+        path_only(&merged)
+    }
+
+    fn parts_without_anybody_waiting(dir: &std::path::Path) {
+        let nodes = Nodes::new(overlay(dir)).unwrap();
+        let admit = |name: &str| nodes.admit(path_only(&dir.join("merged").join(name))).unwrap();
+        let (file, before) = admit("one");
+        let renumbering = [nodes.renumbering([Arc::clone(&file)]), nodes.renumbering([Arc::clone(&file)])];
+        assert_eq!(admit("one").0.id, file.id);
+        rustix::fs::chmodat(CWD, magic(&*file), Mode::from(0o600), AtFlags::empty()).unwrap();
+        assert_ne!(stat(&*file).unwrap().stx_ino, before.ino, "it was to get another number");
+        for guard in renumbering {
+            assert_eq!(admit("one").0.id, file.id);
+            assert_ne!(admit("other").0.id, file.id);
+            assert_ne!(admit("beside").0.id, file.id);
+            drop(guard);
+        }
+        let (found, attr) = admit("one");
+        assert_eq!((found.id, attr.ino), (file.id, before.ino));
+        assert!(nodes.read().parting.is_empty());
+    }
+
+    #[test]
+    fn a_file_that_is_parted_is_found_meanwhile_and_others_too() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        for name in ["low", "up", "work", "merged"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        let low = dir.path().join("low");
+        fs::write(low.join("one"), "").unwrap();
+        fs::hard_link(low.join("one"), low.join("other")).unwrap();
+        fs::write(low.join("beside"), "").unwrap();
+        std::thread::scope(|scope| scope.spawn(|| parts_without_anybody_waiting(dir.path())).join()).unwrap();
     }
 
     #[test]
