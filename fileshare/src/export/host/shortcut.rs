@@ -58,6 +58,7 @@ pub(super) struct Shortcut {
 struct Place {
     layer: usize,
     folder: Arc<[u8]>,
+    /// Beneath that folder: of a file that was told of alone, the whole path.
     name: Box<[u8]>,
     facts: Facts,
     since: u64,
@@ -65,6 +66,13 @@ struct Place {
 
 /// Size and time of change.
 type Facts = (u64, u64, u32);
+
+fn keep_one(places: &mut HashMap<u64, Place>, nodeid: u64, place: Place) {
+    if places.len() >= MOST_PLACES {
+        places.clear();
+    }
+    places.insert(nodeid, place);
+}
 
 impl HostFile {
     /// A descriptor of the same file.
@@ -123,16 +131,13 @@ impl Shortcut {
             if attr.kind() != libc::S_IFREG {
                 continue;
             }
-            if places.len() >= MOST_PLACES {
-                places.clear();
-            }
             let (folder, name) = (Arc::clone(&path), entry.name.into());
             let facts = (attr.size, attr.mtime, attr.mtimensec);
-            places.insert(entry.nodeid, Place { layer, folder, name, facts, since });
+            keep_one(&mut places, entry.nodeid, Place { layer, folder, name, facts, since });
         }
     }
 
-    /// Opens the file that a node is, if a listing said where it is, and nothing has changed it since.
+    /// Opens the file that a node is, if the guest said where it is, and nothing has changed it since.
     pub(super) fn at_hand(&self, nodeid: u64) -> Option<HostFile> {
         let place = lock(&self.places).get(&nodeid).cloned()?;
         if self.clock.is_changed(nodeid, place.since) {
@@ -157,14 +162,17 @@ impl Shortcut {
         self.open_permitted(nodeid, since, || self.find(place.layer, facts, &place.path()))
     }
 
-    /// Opens the file that a hint names, if there is one and it is what the hint says.
+    /// Opens the file that a hint names, if there is one and it is what the hint says, and keeps where that is.
     pub(super) fn follow(&self, hint: &[u8], nodeid: u64, since: u64) -> Option<HostFile> {
         if hint.is_empty() || self.layers.all().is_empty() {
             return None;
         }
         self.open_permitted(nodeid, since, || {
             let (layer, facts, path) = parse(hint).map_err(io::Error::other)?;
-            self.find(layer, facts, path)
+            let found = self.find(layer, facts, path)?;
+            let place = Place { layer, folder: Arc::default(), name: path.into(), facts, since };
+            keep_one(&mut lock(&self.places), nodeid, place);
+            Ok(found)
         })
     }
 
@@ -279,6 +287,7 @@ mod tests {
         assert_eq!(shortcut.read(&host, 2, &mut bytes), Some(4));
         assert_eq!(&bytes[..4], b"side");
         let secret = dir.path().join("secret");
+        lock(&shortcut.places).clear();
         for path in
             ["../secret", "/etc/passwd", "link", "sub/../../secret", "", "sub", "dirlink/file", "sub/\0"]
         {
@@ -288,6 +297,7 @@ mod tests {
         assert!(follow(&hint(1, "sub/file", &inside)).is_none(), "no such layer");
         assert!(follow(&hint(0, "sub/file", &layer)).is_none(), "other facts");
         assert!(follow(b"short").is_none());
+        assert!(shortcut.at_hand(7).is_none(), "what is not true is not kept");
         drop(host);
         assert_eq!(shortcut.permits.taken(), 0);
     }
@@ -305,7 +315,9 @@ mod tests {
         assert_eq!(shortcut.read(&host, 0, &mut [0; 9]), Some(4));
         let mut to_write = Vec::new();
         to_write.u32(libc::O_WRONLY as u32).u32(0);
+        assert!(shortcut.at_hand(7).is_some(), "what was told once need not be asked for again");
         shortcut.note(op::OPEN, 7, &to_write);
         assert_eq!(shortcut.read(&host, 0, &mut [0; 9]), None);
+        assert!(shortcut.at_hand(7).is_none());
     }
 }
