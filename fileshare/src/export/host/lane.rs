@@ -231,11 +231,13 @@ impl Lane {
     fn open_folder(&self, header: &InHeader) {
         let shared = &self.talk.shared;
         let may_list = shared.listings.opened(header.nodeid);
-        let flags = match () {
+        let flags = if shared.served.is_moved(header.nodeid) {
             // The kernel keeps no listing of a folder that was the host's to list: it would not know whose offsets it has.
-            () if shared.served.is_moved(header.nodeid) => 0,
-            () if may_list => shared.flags.folder,
-            () => shared.flags.folder & !flag::FOPEN_CACHE_DIR,
+            0
+        } else if may_list {
+            shared.flags.folder
+        } else {
+            shared.flags.folder & !flag::FOPEN_CACHE_DIR
         };
         self.open_here(header, flags);
     }
