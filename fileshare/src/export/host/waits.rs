@@ -23,7 +23,8 @@ use crate::export::wire::stream::{Inbox, Stream, StreamError};
 /// How long the guest may take to let an interrupted request go.
 const LET_GO: Duration = Duration::from_secs(1);
 
-/// Requests that were answered here and may yet be answered by the guest. More of them is a broken guest.
+/// Requests that were answered here and may yet be answered by the guest, and our own that it has not answered. More
+/// of either is a broken guest.
 const MOST_LATE: usize = 1024;
 
 /// Interrupts that are kept for requests to come.
@@ -236,7 +237,8 @@ impl Waits {
             pending.late.insert(unique, asked);
             left.push((unique, device));
         }
-        let broken = pending.late.len() > MOST_LATE;
+        let own = pending.by_unique.values().filter(|waiting| matches!(waiting, Waiting::Own(_))).count();
+        let broken = pending.late.len().max(own) > MOST_LATE;
         drop(pending);
         left.into_iter().for_each(|(unique, device)| device.answer_errno(unique, libc::EINTR));
         if broken {
